@@ -29,12 +29,8 @@ def call(*words):
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     """The toy as the only system of this process too, with two seeds of its run."""
-    toy = Toy(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    for name in [n for n in sys.modules if n.split(".")[0] == "toysystem"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(cli, "SYSTEMS", {"toy": "toysystem"})
-    toy.paths = [Path(call("train", "toy", "--out", toy.out, "--seed", seed).stdout.strip()) for seed in (0, 1)]
+    toy = Toy(tmp_path, monkeypatch)
+    toy.paths = [Path(toy.here("train", "toy", "--seed", seed).stdout.strip()) for seed in (0, 1)]
     return toy
 
 

@@ -8,6 +8,11 @@ import time
 from pathlib import Path
 
 import nbformat
+import psutil
+from typer.testing import CliRunner
+
+from visionbench import cli
+from visionbench.runs import execute
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,12 +58,11 @@ from visionbench.runs.record import Run
 from .claims import CLAIMS
 
 class Trouble:
-    "What the environment asks for: slow steps, a dead process, an interrupt."
+    "What the environment asks for: slow steps, an interrupt."
     def before_fit(self, learner): print("training from step", learner.iteration, file=sys.stderr)
 
     def after_step(self, learner):
         time.sleep(float(os.environ.get("TOY_SLEEP", 0)))
-        if learner.iteration == int(os.environ.get("TOY_DIE_AT", -1)): os.kill(os.getpid(), signal.SIGKILL)
         if learner.iteration == int(os.environ.get("TOY_INTERRUPT_AT", -1)): raise KeyboardInterrupt
 
 def train(config, run):
@@ -88,7 +92,7 @@ def fit(config):
         if config.method == "learner": train(config, run)
         else:
             for step in range(1, config.steps + 1):
-                time.sleep(float(os.environ.get("TOY_SLEEP", 0)))
+                if step == int(os.environ.get("TOY_DIE_AT", -1)): os.kill(os.getpid(), signal.SIGKILL)
                 run.log(stage="halve", epoch=1, step=step, name="value", value=.5 ** step)
         write_claims(run, CLAIMS)
     return run
@@ -122,15 +126,31 @@ CELLS = (
 
 
 class Toy:
-    """The toy in a folder; `toy.call("run", "toy")` is `visionbench run toy` in a process of its own."""
+    """The toy in a folder; `toy.run()` is `visionbench run toy` in a process of its own, `toy.here("run", "toy")` in this one."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, monkeypatch=None):
         self.folder, self.out = folder, folder / "runs"
         (folder / "toysystem").mkdir(parents=True)
         for name, text in dict(__init__="", config=CONFIG, claims=CLAIMS, fit=FIT).items():
             (folder / "toysystem" / f"{name}.py").write_text(text)
         (folder / "drive.py").write_text(DRIVE)
         self.write_notebook()
+        if monkeypatch:
+            self.enter(monkeypatch)
+
+    def enter(self, monkeypatch):
+        """Make the toy the only system of this process, until the test ends."""
+        monkeypatch.syspath_prepend(self.folder)
+        for name in [n for n in sys.modules if n.split(".")[0] == "toysystem"]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setattr(cli, "SYSTEMS", {"toy": "toysystem"})
+        monkeypatch.setattr(execute, "PLACES", [self.folder, ROOT / "nbs" / "experiments"])
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(self.folder), str(ROOT)]))
+
+    def here(self, *words):
+        """Run a command in this process; `run` and `train` write into the toy's own folder of runs."""
+        words = [*words, "--out", self.out] if words[0] in ("run", "train") else words
+        return CliRunner().invoke(cli.app, [str(w) for w in words])
 
     def write_notebook(self, *cells, parameters=PARAMETERS, tags=("parameters",)):
         """Write toy.ipynb: parameters, then the usual cells or `cells`."""
@@ -167,15 +187,7 @@ class Toy:
 
 def children(pid):
     """Process ids of everything below a process."""
-    found = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout.split()
-    below = {}
-    for child, parent in zip(map(int, found[::2]), map(int, found[1::2])):
-        below.setdefault(parent, []).append(child)
-    todo, all_of_them = [pid], []
-    while todo:
-        todo += (next_ones := below.get(todo.pop(), []))
-        all_of_them += next_ones
-    return all_of_them
+    return [p.pid for p in psutil.Process(pid).children(recursive=True)]
 
 
 def kill(process, number=signal.SIGKILL):

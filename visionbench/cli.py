@@ -8,11 +8,12 @@ __all__ = ['SYSTEMS', 'OWN_OPTION', 'app', 'AsJson', 'Preset', 'Seed', 'Settings
            'Commands', 'top', 'to_json', 'list_systems', 'run', 'train', 'summary', 'print_claims', 'claims', 'show',
            'data_cards', 'data', 'docs', 'doctor', 'main']
 
-# %% ../nbs/cli.ipynb #caf4de29
+# %% ../nbs/cli.ipynb #b0467825
 import ast
 import importlib
 import json
 import math
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -172,7 +173,7 @@ def list_systems(as_json: AsJson = False):
     if as_json: return print(to_json(rows))
     for r in rows: print(f"{r['system']:10}  {r['title']}\n{'':10}  {r['description']}\n{'':10}  presets: {', '.join(r['presets'])}")
 
-# %% ../nbs/cli.ipynb #8acfa1d7
+# %% ../nbs/cli.ipynb #b8e9d401
 Preset = Annotated[str, typer.Option(help="quick, small or paper.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated.")]
@@ -202,13 +203,15 @@ def train(system: str, preset: Preset = "quick", seed: Seed = 0, settings: Setti
           device: Device = "auto"):
     "Run a system in this process, without its notebook; this is what `accelerate launch` wants. Prints the run's folder."
     from visionbench.runs.execute import ExecuteError, absolute
-    from visionbench.runs.record import Run
+    from visionbench.runs.record import Run, RunError
     config = absolute(configure(system, preset, seed, settings or (), data, out, device))
     folder = Path(config.out) / system / config.name
-    try: print(chapter(system, "fit").fit(config).path)
+    try: done = chapter(system, "fit").fit(config)
+    except RunError: raise
     except Exception as error:
         if Run(folder).status.get("state") != "failed": raise
-        raise ExecuteError(f"{Run(folder).status['reason']}\nsee error.txt in {folder}") from error
+        raise ExecuteError(f"{type(error).__name__}: {error}\nsee error.txt in {folder}") from error
+    if int(os.environ.get("RANK", 0)) == 0: print(done.path)  # of several processes one speaks
 
 # %% ../nbs/cli.ipynb #f78215dd
 Runs = Annotated[str, typer.Option(help="Folder that collects runs.")]
@@ -291,12 +294,11 @@ def doctor(as_json: AsJson = False):
     print(to_json(found) if as_json else as_text(found))
     if found["problems"]: raise typer.Exit(1)
 
-# %% ../nbs/cli.ipynb #fae5dda3
-#| eval: false
+# %% ../nbs/cli.ipynb #f5c073bd
 def main():
     "The program `visionbench`."
     app(prog_name="visionbench")
 
-
-if __name__ == "__main__":  # processes that the site's staging starts import this module again
+# %% ../nbs/cli.ipynb #9129fbe4
+if __name__ == "__main__" and "__file__" in globals():
     main()

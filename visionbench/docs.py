@@ -197,7 +197,7 @@ def build(
     stamp.write_text(digest(root))
     return site
 
-# %% ../nbs/docs.ipynb #c7e70882
+# %% ../nbs/docs.ipynb #c4fc39fb
 def execute_notebooks(
     paths,               # notebooks to run, each in its own folder
     flags=("notest", "slow", "gpu", "browser"), # cells marked `#| flag` keep the outputs they have
@@ -206,6 +206,8 @@ def execute_notebooks(
     "Run notebooks from top to bottom and save their outputs; nbclient's CellExecutionError when a cell fails."
     import nbformat
     from nbclient import NotebookClient
+
+    from visionbench.runs.execute import kernel_environment, tidy
 
     ran, skip = [], re.compile(rf"^#\|\s*(eval:\s*false|{'|'.join(flags)})\s*$", re.M)
     for path in map(Path, paths):
@@ -216,10 +218,12 @@ def execute_notebooks(
         for cell, _ in kept:
             cell.metadata = nbformat.from_dict({"tags": ["skip-execution"]} if skip.search(cell.source) else {})
         where = {"metadata": {"path": str(path.parent)}}
-        NotebookClient(nb, timeout=timeout, store_widget_state=False, extra_arguments=["--log-level=ERROR"], resources=where).execute()
+        with kernel_environment():
+            NotebookClient(nb, timeout=timeout, store_widget_state=False, extra_arguments=["--log-level=ERROR"], resources=where).execute()
         for cell, metadata in kept:
             cell.metadata = metadata
         nbformat.write(nb, path)
+        tidy(path)  # progress bars are no part of the text
         ran.append(path)
     return ran
 

@@ -25,16 +25,13 @@ SMALL = ("--preset", "small")
 
 
 @pytest.fixture
-def toy(tmp_path):
-    return Toy(tmp_path)
+def toy(tmp_path, monkeypatch):
+    return Toy(tmp_path, monkeypatch)
 
 
 @pytest.fixture
-def fit(toy, monkeypatch):
-    """The toy's `fit`, imported into this process; called with changes on its small preset."""
-    monkeypatch.syspath_prepend(toy.folder)
-    for name in [n for n in sys.modules if n.split(".")[0] == "toysystem"]:
-        monkeypatch.delitem(sys.modules, name)
+def fit(toy):
+    """The toy's `fit` in this process; called with changes on its small preset."""
     from toysystem.config import ToyConfig
     from toysystem.fit import fit as toy_fit
     return lambda **changes: toy_fit(ToyConfig.start("small", out=str(toy.out), **changes))
@@ -47,6 +44,8 @@ def test_an_output_folder_that_cannot_be_written_starts_nothing(toy, out):
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
     assert "cannot write the run folder" in done.stderr and str(Path(toy.folder, out)) in done.stderr
     assert not [*toy.folder.rglob("run.ipynb")]
+    trained = CliRunner().invoke(cli.app, ["train", "toy", "--out", str(toy.folder / out)])
+    assert trained.exit_code == 2 and "cannot write the run folder" in trained.stderr
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -56,32 +55,32 @@ def test_a_read_only_folder_starts_nothing(toy):
     assert done.returncode == 2 and "cannot write the run folder" in done.stderr and "Permission denied" in done.stderr
 
 
-def test_a_cell_that_fails_before_fit(toy):
-    broken = toy.run(TOY_BREAK="before")
-    assert broken.returncode == 1 and broken.stdout == "" and "Traceback" not in broken.stderr
-    assert f"visionbench: LookupError: a cell before fit\nsee run.ipynb in {toy.one()}" in broken.stderr
+def test_a_cell_that_fails(toy, monkeypatch):
+    monkeypatch.setenv("TOY_BREAK", "before")
+    broken = toy.here("run", "toy")
     run = Run.open(toy.one())
-    assert run.state == "failed" and run.status["reason"] == "LookupError: a cell before fit"
-    assert "LookupError: a cell before fit" in (run.path / "error.txt").read_text() and run.settings["system"] == "toy"
+    assert broken.exit_code == 1 and broken.stdout == "" and "Traceback" not in broken.stderr
+    assert f"visionbench: LookupError: a cell before fit\nsee run.ipynb in {run.path}" in broken.stderr
+    assert run.state == "failed" and run.status["reason"] == "LookupError: a cell before fit" and run.settings["system"] == "toy"
+    assert "LookupError: a cell before fit" in (run.path / "error.txt").read_text()
     cells = nbformat.read(run.path / "run.ipynb", as_version=4).cells
     assert any(o.output_type == "error" for c in cells for o in c.get("outputs", []))
-    redone = toy.run()
-    assert redone.returncode == 0 and redone.stdout == f"{run.path}\n"
-    assert run.state == "done" and run.status["history"][0]["reason"] == "LookupError: a cell before fit" and not (run.path / "error.txt").exists()
 
-
-def test_a_cell_that_fails_after_fit_costs_no_training(toy):
-    broken = toy.run(TOY_BREAK="after")
-    assert broken.returncode == 1 and "LookupError: a cell after fit" in broken.stderr
-    run, started = Run.open(toy.one()), status(toy.one())["started"]
+    monkeypatch.setenv("TOY_BREAK", "after")  # the failed run is redone; now something fails when the training is over
+    broken = toy.here("run", "toy")
+    assert broken.exit_code == 1 and "LookupError: a cell after fit" in broken.stderr
     assert run.state == "done" and run.status["notebook"] == "failed: LookupError: a cell after fit" and len(run.metrics) == 3
-    assert toy.run().returncode == 0
-    assert (status(toy.one())["started"], status(toy.one())["notebook"]) == (started, "done")
+    assert run.status["history"][0]["reason"] == "LookupError: a cell before fit"
+
+    monkeypatch.delenv("TOY_BREAK")  # which costs no second training
+    started, done = run.status["started"], toy.here("run", "toy")
+    assert done.exit_code == 0 and done.stdout == f"{run.path}\n"
+    assert (run.status["started"], run.status["notebook"]) == (started, "done") and not (run.path / "error.txt").exists()
 
 
 def test_a_failure_inside_fit_keeps_its_traceback(toy):
-    broken = toy.run("--set", "steps=0")
-    assert broken.returncode == 1 and "ValueError: nothing to halve in 0 steps" in broken.stderr and "Traceback" not in broken.stderr
+    broken = toy.here("run", "toy", "--set", "steps=0")
+    assert broken.exit_code == 1 and "ValueError: nothing to halve in 0 steps" in broken.stderr and "Traceback" not in broken.stderr
     assert status(toy.one())["state"] == "failed" and 'raise ValueError("nothing to halve' in (toy.one() / "error.txt").read_text()
 
 
@@ -97,32 +96,40 @@ def test_one_failure_does_not_stop_the_next_system(fit, monkeypatch):
 
 def test_a_notebook_that_takes_no_parameters_starts_nothing(toy):
     toy.write_notebook(tags=())
-    done = toy.run()
-    assert done.returncode == 2 and "does not take changes, data, device, out, preset, seed" in done.stderr
+    done = toy.here("run", "toy")
+    assert done.exit_code == 2 and "does not take changes, data, device, out, preset, seed" in done.stderr
     assert not (toy.one() / "run.ipynb").exists()
 
 
 def test_a_notebook_that_makes_no_run(toy):
     toy.write_notebook("preset")
-    done = toy.run()
-    assert done.returncode == 1 and "ended without a finished run" in done.stderr
+    done = toy.here("run", "toy")
+    assert done.exit_code == 1 and "ended without a finished run" in done.stderr
 
 
-def test_a_dead_kernel_and_a_damaged_checkpoint(toy, fit):
-    died = toy.run(*SMALL, TOY_DIE_AT="12")
-    assert died.returncode == 1 and "Kernel died; run again to resume from the last checkpoint" in died.stderr and "Traceback" not in died.stderr
+def test_a_kernel_that_dies(toy, monkeypatch):
+    monkeypatch.setenv("TOY_DIE_AT", "2")
+    died = toy.here("run", "toy")
+    assert died.exit_code == 1 and "Kernel died; run again to resume from the last checkpoint" in died.stderr and "Traceback" not in died.stderr
     assert Run.open(toy.one()).state == "interrupted"
+
+
+def test_a_truncated_checkpoint_is_passed_over(toy, fit, monkeypatch):
+    whole = fit().metrics
+    shutil.rmtree(toy.out)
+    monkeypatch.setenv("TOY_INTERRUPT_AT", "12")
+    with pytest.raises(KeyboardInterrupt):
+        fit()
+    monkeypatch.delenv("TOY_INTERRUPT_AT")
     *_, older, newest = sorted((toy.one() / "checkpoints" / "train").iterdir())
     assert (older.stem, newest.stem) == ("step-00000008", "step-00000010")
     newest.write_bytes(newest.read_bytes()[:-100])
-    resumed = toy.run(*SMALL)
-    assert resumed.returncode == 0, resumed.stderr
+    resumed = toy.here("run", "toy", *SMALL)
+    assert resumed.exit_code == 0, resumed.stderr
     assert "checkpoint refused, trying an older one" in resumed.stderr and newest.name in resumed.stderr and "training from step 8" in resumed.stderr
     outputs = [o for c in nbformat.read(toy.one() / "run.ipynb", as_version=4).cells for o in c.get("outputs", [])]
     assert any("checkpoint refused" in o.get("text", "") for o in outputs), "the warning must stay in the notebook"
-    metrics = Run.open(toy.one()).metrics
-    shutil.rmtree(toy.out)
-    pd.testing.assert_frame_equal(metrics, fit().metrics, check_exact=True)
+    pd.testing.assert_frame_equal(Run.open(toy.one()).metrics, whole, check_exact=True)
 
 
 def test_a_foreign_checkpoint_is_passed_over(toy, fit, monkeypatch, capsys):
@@ -167,21 +174,12 @@ def test_a_full_disk_fails_the_run_and_leaves_no_half_file(toy, fit, monkeypatch
 
 
 @pytest.mark.parametrize("text", ['{"state": "do', "", "\x80"])
-def test_a_damaged_status_is_named(toy, fit, monkeypatch, text):
-    monkeypatch.setattr(cli, "SYSTEMS", {"toy": "toysystem"})
-    monkeypatch.setattr("visionbench.runs.execute.PLACES", [toy.folder])
+def test_a_damaged_status_is_named(toy, fit, text):
     file = fit(method="halve").path / "status.json"
     file.write_bytes(text.encode("latin-1"))
-    for words in (("run", "toy", *SMALL, "--set", "method=halve", "--out", toy.out), ("show", file.parent), ("claims", "--runs", toy.out)):
-        done = CliRunner().invoke(cli.app, [*map(str, words)])
+    for words in (("run", "toy", *SMALL, "--set", "method=halve"), ("show", file.parent), ("claims", "--runs", toy.out)):
+        done = toy.here(*words)
         assert (done.exit_code, done.stdout) == (2, "") and done.stderr.startswith(f"visionbench: {file} is damaged")
-
-
-def test_fresh_heals_a_damaged_status(toy):
-    (toy.out / "toy").mkdir(parents=True)
-    folder = Path(toy.call("train", "toy", "--out", toy.out).stdout.strip())
-    (folder / "status.json").write_text("{")
-    assert toy.run("--fresh").returncode == 0 and status(folder)["notebook"] == "done"
 
 
 def test_damaged_metrics_and_settings_are_named(toy, fit):

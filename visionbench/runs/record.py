@@ -50,7 +50,7 @@ def source_commit() -> str | None:  # short hash, "+" appended when the tree had
     try: return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.TimeoutExpired): return None
 
-# %% ../../nbs/runs/record.ipynb #77ac2cd4
+# %% ../../nbs/runs/record.ipynb #821958cf
 class Run:
     "A run folder: open one with `Run.open(path)`, write one with `with Run.create(config) as run`."
     def __init__(self,
@@ -95,6 +95,11 @@ class Run:
     def checkpoint(self) -> Path | None:
         "The file of weights written last, if any."
         return max((self.path / "checkpoints").rglob("*.safetensors"), key=lambda p: (p.stat().st_mtime_ns, str(p)), default=None)
+
+    @property
+    def checkpoints(self) -> dict[str, Path]:
+        "Stage → its newest file of weights."
+        return {d.name: max(found) for d in sorted((self.path / "checkpoints").glob("*/")) if (found := list(d.glob("*.safetensors")))}
 
     @property
     def state(self) -> str:

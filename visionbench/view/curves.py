@@ -6,16 +6,14 @@
 __all__ = ['LABELS', 'FRACTIONS', 'STROKES', 'chosen', 'value_axis', 'line_with_range', 'plot_exits', 'plot_thresholds',
            'plot_exit_grid', 'families', 'term_looks', 'plot_training', 'mark_stages']
 
-# %% ../../nbs/view/curves.ipynb #45007ef8
-import re
-
+# %% ../../nbs/view/curves.ipynb #f627ea3a
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from .style import ROLES, SEQUENTIAL, axes, colours, legend, percent, shades
 
-# %% ../../nbs/view/curves.ipynb #31a094c7
+# %% ../../nbs/view/curves.ipynb #871bb5d5
 LABELS = dict(asr="attack success rate", accuracy="accuracy", cost="mean cost, share of the full network",
               efficacy="efficacy, area under the exit curve", auroc="area under the ROC curve")
 FRACTIONS = ("asr", "accuracy", "cost")  # shown as percent
@@ -29,14 +27,14 @@ def chosen(
 ) -> pd.DataFrame:  # the rows to draw
     "Rows of one metric; raises `ValueError` saying what the table holds when there is none."
     if missing := [c for c in ("name", "value", *needs) if c not in table]:
-        raise ValueError(f"the table has no column {', '.join(missing)}; it has {', '.join(map(str, table))}.")
+        raise ValueError(f"the table has no column {', '.join(missing)}; it has {', '.join(table)}.")
     rows = table[(table["name"] == value).fillna(False)]
     if policy and "policy" in rows: rows = rows[(rows["policy"] == policy).fillna(False)]
     rows = rows.dropna(subset=[*needs, "value"])
-    if rows.empty:
-        under = f" under policy '{policy}'" if policy and "policy" in table else ""
-        raise ValueError(f"no rows '{value}'{under} with {', '.join(needs)}; names in the table: {', '.join(sorted(table['name'].dropna().unique()))}.")
-    return rows
+    if len(rows): return rows
+    under = f" under policy '{policy}'" if policy and "policy" in table else ""
+    names = ", ".join(sorted(table["name"].dropna().unique()))
+    raise ValueError(f"no rows '{value}'{under} with {', '.join(needs)}; names in the table: {names}.")
 
 
 def value_axis(
@@ -46,7 +44,7 @@ def value_axis(
     "Percent for fractions; other numbers as they are."
     if value in FRACTIONS: percent(axis)
 
-# %% ../../nbs/view/curves.ipynb #74f5a74d
+# %% ../../nbs/view/curves.ipynb #cc5ab057
 def line_with_range(
     ax: Axes,  # drawn on
     rows: pd.DataFrame,  # `x` and `value`
@@ -55,11 +53,13 @@ def line_with_range(
 ):  # matplotlib's line
     "Mean over rows with the same `x`, and their range when there are several."
     at = rows.astype({x: float}).groupby(x)["value"].agg(["mean", "min", "max", "size"])
-    line, = ax.plot(at.index.to_numpy(), at["mean"].to_numpy(), **dict(linewidth=1.6, marker="o", markersize=3.5) | look)
-    if at["size"].max() > 1: ax.fill_between(at.index, at["min"], at["max"], color=line.get_color(), alpha=.2, linewidth=0)
+    look = dict(linewidth=1.6, marker="o", markersize=3.5) | look
+    line, = ax.plot(at.index.to_numpy(), at["mean"].to_numpy(), **look)
+    if at["size"].max() > 1:
+        ax.fill_between(at.index, at["min"], at["max"], color=line.get_color(), alpha=.2, linewidth=0)
     return line
 
-# %% ../../nbs/view/curves.ipynb #0d6d492c
+# %% ../../nbs/view/curves.ipynb #615f8334
 def plot_exits(
     table: pd.DataFrame,  # rows with exit, name, value, and the column `hue`
     value: str = "asr",  # asr | accuracy | cost
@@ -72,19 +72,22 @@ def plot_exits(
     "A metric for each output; raises `ValueError` when the table has no such rows."
     rows = chosen(table, value, ("exit", hue) if hue else ("exit",), "fixed")
     groups = {"": rows} if hue is None else {name: rows[rows[hue] == name] for name in rows[hue].unique()}
-    if floor is not None and floor not in groups: raise ValueError(f"floor '{floor}' is no {hue}; there are {', '.join(map(str, groups))}.")
+    if floor is not None and floor not in groups:
+        raise ValueError(f"floor '{floor}' is no {hue}; there are {', '.join(map(str, groups))}.")
     places, look = sorted(rows["exit"].astype(int).unique()), colours(n for n in groups if n != floor)
     ax = axes(ax, xlabel="exit", ylabel=LABELS.get(value, value))
-    if band: ax.axvspan(band[0] - .5, band[1] + .5, color=ROLES["band"], alpha=.15, linewidth=0, label="aimed at")
+    if band:
+        ax.axvspan(band[0] - .5, band[1] + .5, color=ROLES["band"], alpha=.15, linewidth=0, label="aimed at")
     for name, part in groups.items():
-        style = dict(color=look[name]) if name != floor else dict(color=ROLES["floor"], linestyle="--", markersize=2.5)
-        line_with_range(ax, part, "exit", label=f"{name} (floor)" if name == floor else name or None, **style)
+        style = dict(color=look[name], label=name or None) if name != floor else dict(
+            color=ROLES["floor"], linestyle="--", markersize=2.5, label=f"{name} (floor)")
+        line_with_range(ax, part, "exit", **style)
     ax.set_xticks(places, [*map(str, places[:-1]), f"{places[-1]}\n{final}"])
     value_axis(ax.yaxis, value)
     legend(ax, outside=True)
     return ax
 
-# %% ../../nbs/view/curves.ipynb #746a3068
+# %% ../../nbs/view/curves.ipynb #6e6cbe78
 STROKES = ("-", "--", ":", "-.")  # at most so many starting exits in one figure
 
 
@@ -96,32 +99,35 @@ def plot_thresholds(
     mark: float | None = None,  # a threshold to point out
     ax: Axes | None = None,  # None: a new figure
 ) -> Axes:  # x: confidence threshold, y: value
-    "A metric against the confidence threshold; raises `ValueError` on a starting exit that the table has not."
+    "A metric against the confidence threshold; raises `ValueError` on a starting exit not in the table."
     rows = chosen(table, value, ("threshold", "min_exit", hue), "confidence")
     have = sorted(rows["min_exit"].astype(int).unique())
     if not 0 < len(starts) <= len(STROKES) or not set(starts) <= set(have):
-        raise ValueError(f"starts = {tuple(starts)}: expected one to {len(STROKES)} of {', '.join(map(str, have))}.")
+        known = ", ".join(map(str, have))
+        raise ValueError(f"starts = {tuple(starts)}: expected one to {len(STROKES)} of {known}.")
     ax = axes(ax, xlabel="confidence threshold T", ylabel=LABELS.get(value, value))
     if mark is not None: ax.axvline(mark, color=ROLES["floor"], linewidth=.8, label=f"T = {mark:g}")
     for name, colour in colours(rows[hue].unique()).items():
         for start, stroke in zip(starts, STROKES):
             part = rows[(rows[hue] == name) & (rows["min_exit"] == start)]
-            if len(part): line_with_range(ax, part, "threshold", color=colour, linestyle=stroke, marker="", label=f"{name}, from exit {start}")
+            look = dict(color=colour, linestyle=stroke, marker="", label=f"{name}, from exit {start}")
+            if len(part): line_with_range(ax, part, "threshold", **look)
     value_axis(ax.yaxis, value)
     legend(ax, outside=True)
     return ax
 
-# %% ../../nbs/view/curves.ipynb #220a12da
+# %% ../../nbs/view/curves.ipynb #03fc30cd
 def plot_exit_grid(
     table: pd.DataFrame,  # rows with threshold, min_exit, name, value, of one network
     value: str = "asr",  # asr | accuracy | cost | efficacy
     hue: str = "net",  # column that must hold a single value
     ax: Axes | None = None,  # None: a new figure
 ) -> Axes:  # x: starting exit, y: confidence threshold, colour: value
-    "A metric over starting exit and threshold, mean where rows repeat; raises `ValueError` on several networks."
+    "A metric over starting exit and threshold, mean where rows repeat; raises `ValueError` on two networks."
     rows = chosen(table, value, ("threshold", "min_exit"), "confidence")
     if hue in rows and len(names := rows[hue].dropna().unique()) > 1:
-        raise ValueError(f"a grid shows one {hue}, the table has {', '.join(map(str, names))}; choose with table.query(\"{hue} == '{names[-1]}'\").")
+        raise ValueError(f"a grid shows one {hue}, the table has {', '.join(map(str, names))}; "
+                         f"choose with table.query(\"{hue} == '{names[-1]}'\").")
     grid = rows.pivot_table(index="threshold", columns="min_exit", values="value", aggfunc="mean")
     ax = axes(ax, xlabel="starting exit", ylabel="confidence threshold T", size=(4.4, 3.2), grid="")
     whole = dict(vmin=0, vmax=1) if value in FRACTIONS else {}
@@ -133,28 +139,30 @@ def plot_exit_grid(
     if value in FRACTIONS: percent(bar.yaxis, whole=False)
     return ax
 
-# %% ../../nbs/view/curves.ipynb #c4533f2e
+# %% ../../nbs/view/curves.ipynb #21859bdb
 def families(
     names,  # terms, e.g. deep, exit_0, exit_1
-) -> dict[str, list[str]]:  # stem → members in the order of their numbers; a term without number is its own family
+) -> dict[str, list[str]]:  # stem → members in the order of their numbers; any other term is alone
     "Group terms that differ in a trailing number."
     found = {}
-    for name in dict.fromkeys(names): found.setdefault(re.sub(r"_\d+$", "", name), []).append(name)
-    return {stem: sorted(terms, key=lambda t: int(re.search(r"\d+$", t)[0])) if len(terms) > 1 else terms for stem, terms in found.items()}
+    for name in dict.fromkeys(names):
+        stem, _, number = name.rpartition("_")
+        found.setdefault(stem if stem and number.isdecimal() else name, []).append(name)
+    return {stem: sorted(terms, key=lambda t: (t != stem, len(t), t)) for stem, terms in found.items()}
 
 
 def term_looks(
     names,  # terms of all stages
 ) -> dict[str, dict]:  # name → color and label; of a family only the first and the last are labelled
     "One look per term, the same in all stages."
-    groups = families(names)
-    look = {n: dict(color=c, label=n) for n, c in colours(terms[0] for terms in groups.values() if len(terms) == 1).items()}
-    for terms in (t for t in groups.values() if len(t) > 1):
+    groups = families(names).values()
+    look = {n: dict(color=c, label=n) for n, c in colours(t[0] for t in groups if len(t) == 1).items()}
+    for terms in (t for t in groups if len(t) > 1):
         ends = (terms[0], terms[-1])
         look |= {n: dict(color=c, label=n if n in ends else None) for n, c in zip(terms, shades(len(terms)))}
     return look
 
-# %% ../../nbs/view/curves.ipynb #045250cc
+# %% ../../nbs/view/curves.ipynb #8dca5e1f
 def plot_training(
     metrics: pd.DataFrame,  # rows with stage, epoch, name, value
     stages: list | None = None,  # which, in this order; None: all that have epochs, in the order of the rows
@@ -173,8 +181,9 @@ def plot_training(
         part = rows[rows["stage"] == stage]
         for name, term in part.groupby("name", sort=False):
             x = term["epoch"] if len(stages) == 1 else k + term["epoch"] / part["epoch"].max()
-            label = look[name].pop("label", None)  # one entry, however many stages have the term
-            ax.plot(x.to_numpy(), term["value"].to_numpy(), label=label, linewidth=1.3, marker="o" if len(x) == 1 else "", **look[name])
+            marker = "o" if len(x) == 1 else ""
+            ax.plot(x.to_numpy(), term["value"].to_numpy(), linewidth=1.3, marker=marker, **look[name])
+            look[name].pop("label", None)  # one entry, however many stages have the term
     mark_stages(ax, rows, stages)
     if rows["value"].min() > 0: ax.set_yscale("log")
     legend(ax, outside=True)

@@ -6,13 +6,14 @@
 __all__ = ['EMBEDDED', 'CODE', 'OURS', 'CLAIMS', 'PUBLISHED', 'evaluated', 'outputs', 'poisoned_exits', 'at_threshold',
            'small_scale']
 
-# %% ../../../nbs/systems/backdoor/claims.ipynb #95604cd6
+# %% ../../../nbs/systems/backdoor/claims.ipynb #96180890
 import pandas as pd
 
 from ...runs.claims import Bound, Claim
 from ...runs.record import Run
+from .config import aimed_outputs
 
-# %% ../../../nbs/systems/backdoor/claims.ipynb #373184a3
+# %% ../../../nbs/systems/backdoor/claims.ipynb #879ca6c7
 EMBEDDED = ("mnist5k",)  # the set on which the small-scale bounds were measured
 
 
@@ -36,7 +37,7 @@ def outputs(run: Run, name: str, net: str) -> list[float]:
 def poisoned_exits(run: Run) -> list[float]:
     "Attack success at the exits that the injection aimed at."
     asr = outputs(run, "asr", "simulated")
-    return asr[:int(run.settings["shallow"] * len(asr) + 1e-9)]
+    return asr[:aimed_outputs(len(asr), run.settings["shallow"])]
 
 
 def at_threshold(run: Run, name: str, net: str = "simulated") -> float:

@@ -6,7 +6,7 @@
 __all__ = ['poison_indices', 'poisoned', 'exit_weights', 'injection_loss', 'SimulatedThreat', 'threat_tags',
            'simulate_exit_backdoor']
 
-# %% ../../../nbs/systems/backdoor/threat.ipynb #ed45005e
+# %% ../../../nbs/systems/backdoor/threat.ipynb #5462595a
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Sequence
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ...core.tensors import DictData, batches, generator
 from ...data.images import ImageSet
+from .config import aimed_outputs
 from ...train.checkpoint import save_checkpoint
 from ...train.learner import Learner
 
@@ -48,14 +49,14 @@ def poisoned(
     image[chosen], shallow[chosen] = trigger(image[chosen]), target
     return DictData(image=image, label=images.label, label_shallow=shallow)
 
-# %% ../../../nbs/systems/backdoor/threat.ipynb #cd265e5a
+# %% ../../../nbs/systems/backdoor/threat.ipynb #e9d51a01
 def exit_weights(
     M: int,  # outputs, vanilla included
     shallow: float = .6,  # share of them that shall answer t
     kind: str = "uniform",  # uniform, or released (as the public code computes them)
 ) -> tuple[Tensor, int]:  # weights (M,), and m = ⌊shallow·M⌋
     "Weights of the outputs in the injection loss; raises `ValueError` unless 1 ≤ m < M."
-    m = int(shallow * M + 1e-9)
+    m = aimed_outputs(M, shallow)
     if not 1 <= m < M: raise ValueError(f"shallow = {shallow} of {M} outputs makes m = {m}; expected 1 … {M - 1}.")
     if kind not in ("uniform", "released"): raise ValueError(f"loss weights {kind!r}: expected 'uniform' or 'released'.")
     if kind == "uniform": return torch.ones(M), m
