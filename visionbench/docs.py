@@ -197,7 +197,7 @@ def build(
     stamp.write_text(digest(root))
     return site
 
-# %% ../nbs/docs.ipynb #c4fc39fb
+# %% ../nbs/docs.ipynb #dd15497e
 def execute_notebooks(
     paths,               # notebooks to run, each in its own folder
     flags=("notest", "slow", "gpu", "browser"), # cells marked `#| flag` keep the outputs they have
@@ -212,7 +212,8 @@ def execute_notebooks(
     ran, skip = [], re.compile(rf"^#\|\s*(eval:\s*false|{'|'.join(flags)})\s*$", re.M)
     for path in map(Path, paths):
         nb = nbformat.read(path, as_version=4)
-        if nb.cells and re.search(r"^- skip_exec: true", nb.cells[0].source, re.M):
+        experiment = any("parameters" in cell.metadata.get("tags", ()) for cell in nb.cells)
+        if not experiment and nb.cells and re.search(r"^- skip_exec: true", nb.cells[0].source, re.M):
             continue
         kept = [(cell, cell.pop("metadata")) for cell in nb.cells]
         for cell, _ in kept:
