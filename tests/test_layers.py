@@ -16,7 +16,7 @@ BELOW = {  # what a room may import, beside itself
     "federated": {"core", "train"} | KITS,
 }
 BELOW["systems"] = {*BELOW}
-BELOW["docs"] = {"core"}
+BELOW["docs"] = {"core", "runs"}  # it executes notebooks as a run does
 BELOW["cli"] = {*BELOW}
 
 
