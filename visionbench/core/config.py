@@ -29,7 +29,7 @@ def closest(
     hint = f" Did you mean '{near[0]}'?" if near else ""
     return f"unknown {kind} '{name}'.{hint} Known: {', '.join(options)}."
 
-# %% ../../nbs/core/config.ipynb #8c29b897
+# %% ../../nbs/core/config.ipynb #f2103ade
 def option(
     default,  # default value; lists become tuples
     doc: str,  # what the field means, with its source
@@ -50,7 +50,7 @@ def check_value(
     meta: typing.Mapping,  # metadata written by `option`
 ):  # the value, with ints widened to floats and lists to tuples where the field wants that
     "Return `value` in the field's type, or raise `ConfigError` naming value, unit and bounds."
-    if typing.get_origin(kind) is tuple and isinstance(value, list): value = tuple(value)
+    if tuple in (kind, typing.get_origin(kind)) and isinstance(value, list): value = tuple(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool): value = float(value)
     want = typing.get_origin(kind) or kind
     if not isinstance(value, want) or (isinstance(value, bool) and want is not bool):

@@ -7,7 +7,7 @@ __all__ = ['PACKAGE', 'PLACES', 'OWN', 'BAR', 'WIDGET', 'ExecuteError', 'find_no
            'check_parameters', 'this_interpreter', 'kernel_environment', 'Screen', 'settled', 'tidy', 'hold', 'mark',
            'empty', 'blame', 'play', 'play_and_record', 'is_complete', 'keep', 'execute']
 
-# %% ../../nbs/runs/execute.ipynb #d6ad738e
+# %% ../../nbs/runs/execute.ipynb #ba7c0e25
 import contextlib
 import json
 import os
@@ -22,7 +22,8 @@ from tqdm import tqdm
 import visionbench
 from ..core.config import Config
 from ..core.files import atomic_write
-from .record import Run, RunError, environment
+from .environment import environment
+from .record import Run, RunError
 
 # %% ../../nbs/runs/execute.ipynb #58dbb315
 PACKAGE = Path(visionbench.__file__).resolve().parent
@@ -240,7 +241,7 @@ def play_and_record(
         raise ExecuteError(f"{notebook} ended without a finished run in {run.path}: it must call fit with the settings it is given.")
     mark(run, notebook="done")
 
-# %% ../../nbs/runs/execute.ipynb #cc2acdc0
+# %% ../../nbs/runs/execute.ipynb #d5dd6745
 def is_complete(run: Run) -> bool:
     "Whether both the run and its notebook are finished."
     return (run.status.get("state"), run.status.get("notebook")) == ("done", "done")
@@ -251,7 +252,7 @@ def keep(
 ) -> Path:  # its folder
     "Say that a run is kept, and whether it was made by another version."
     print(f"kept: {run.path}", file=sys.stderr)
-    then, now = run.read_json("environment.json", {}), environment()
+    then, now = run.read_json("environment.json", {}), environment("cpu")
     if other := [k for k in ("visionbench", "commit") if then.get(k) != now[k]]:
         print("note: it was made with " + ", ".join(f"{k} {then.get(k)} (now {now[k]})" for k in other)
               + "; --fresh makes it again", file=sys.stderr)

@@ -18,7 +18,7 @@ from tqdm.std import tqdm as text_tqdm
 
 from .checkpoint import CheckpointError, join_state, newest_checkpoint, save_checkpoint, split_state
 
-# %% ../../nbs/train/callbacks.ipynb #9289df8c
+# %% ../../nbs/train/callbacks.ipynb #acf798b7
 class RecordCB:
     "Log the mean of loss terms and metrics after each epoch, weighted by batch size."
     def __init__(self,
@@ -42,10 +42,11 @@ class RecordCB:
         self.last, self.sums, self.count = means, {}, 0
 
     def state_dict(self) -> dict: return dict(sums=self.sums, count=self.count)
-
     def load_state_dict(self, state: dict): self.sums, self.count = state["sums"], state["count"]
 
-    def positioned(self, learner): self.record.rewind(self.stage, learner.iteration)
+    def positioned(self, learner):
+        # inside an epoch, rows of this very step are those of its end, which will come again
+        self.record.rewind(self.stage, learner.iteration - (learner.index > 0))
 
 # %% ../../nbs/train/callbacks.ipynb #fdb6cb6f
 class ProgressCB:

@@ -30,7 +30,7 @@ def accelerator(
     with patch_environment(ACCELERATE_TORCH_DEVICE=str(where)):
         return Accelerator(cpu=where.type == "cpu", mixed_precision=precision)
 
-# %% ../../nbs/train/learner.ipynb #7a1036b4
+# %% ../../nbs/train/learner.ipynb #6223ef81
 EVENTS = ("before_fit", "before_epoch", "before_batch", "after_loss", "after_backward", "after_step", "after_epoch", "after_fit")
 
 
@@ -94,7 +94,7 @@ class Learner:
 
     def one_epoch(self):
         "All batches of an epoch that have not been seen yet."
-        self.source.batch_sampler.start(self.epoch, skip=self.index)
+        self.source.batch_sampler.start(self.epoch, skip=self.index * self.accelerator.num_processes)
         self.model.train()
         self.call("before_epoch")
         for self.batch in self.batches:
