@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['ConfigError', 'closest', 'option', 'check_value', 'Config', 'settings_table']
 
-# %% ../../nbs/core/config.ipynb #359ec32c
+# %% ../../nbs/core/config.ipynb #3a5a9c28
 import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import types
 import typing
 
@@ -29,7 +30,7 @@ def closest(
     hint = f" Did you mean '{near[0]}'?" if near else ""
     return f"unknown {kind} '{name}'.{hint} Known: {', '.join(options)}."
 
-# %% ../../nbs/core/config.ipynb #f2103ade
+# %% ../../nbs/core/config.ipynb #ce82860b
 def option(
     default,  # default value; lists become tuples
     doc: str,  # what the field means, with its source
@@ -51,6 +52,8 @@ def check_value(
 ):  # the value, with ints widened to floats and lists to tuples where the field wants that
     "Return `value` in the field's type, or raise `ConfigError` naming value, unit and bounds."
     if tuple in (kind, typing.get_origin(kind)) and isinstance(value, list): value = tuple(value)
+    if typing.get_args(kind) and isinstance(value, tuple):
+        return tuple(check_value(f"{name}[{i}]", v, typing.get_args(kind)[0], meta) for i, v in enumerate(value))
     if kind is float and isinstance(value, int) and not isinstance(value, bool): value = float(value)
     want = typing.get_origin(kind) or kind
     if not isinstance(value, want) or (isinstance(value, bool) and want is not bool):
@@ -66,9 +69,9 @@ def check_value(
 
 
 def _inside(v, low, high):
-    "Whether a number lies within inclusive bounds; NaN does not, and what is no number always does."
-    if not isinstance(v, (int, float)) or (low is None and high is None): return True
-    return (low is None or v >= low) and (high is None or v <= high)
+    "Whether a number is finite and within inclusive bounds; what is no number always is."
+    if not isinstance(v, (int, float)): return True
+    return math.isfinite(v) and (low is None or v >= low) and (high is None or v <= high)
 
 # %% ../../nbs/core/config.ipynb #8e38374d
 @dataclasses.dataclass(frozen=True)

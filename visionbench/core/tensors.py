@@ -30,7 +30,7 @@ def generator(
     "A fresh random generator for the purpose that `keys` name."
     return torch.Generator().manual_seed(seed_of(*keys))
 
-# %% ../../nbs/core/tensors.ipynb #e278ef9b
+# %% ../../nbs/core/tensors.ipynb #e927686e
 def pick_device(
     name: str = "auto",  # auto | cpu | cuda | cuda:N | mps
 ) -> torch.device:  # an available device
@@ -38,7 +38,8 @@ def pick_device(
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto": return torch.device(next(k for k, there in have.items() if there))
     kind, _, index = name.partition(":")
-    if kind not in have: raise ValueError(f"device '{name}' is not one of auto, cpu, cuda, cuda:N, mps.")
+    if kind not in have or (":" in name and not index.isdecimal()):
+        raise ValueError(f"device '{name}' is not one of auto, cpu, cuda, cuda:N, mps.")
     if not have[kind]: raise ValueError(f"device '{name}' is not available here; available: "
                                         f"{', '.join(k for k, there in have.items() if there)}.")
     if kind == "cuda" and index and int(index) >= torch.cuda.device_count():

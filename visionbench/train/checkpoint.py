@@ -6,12 +6,12 @@
 __all__ = ['FORMAT', 'CheckpointError', 'Checkpoint', 'digest', 'save_checkpoint', 'load_checkpoint', 'split_state', 'join_state',
            'newest_checkpoint']
 
-# %% ../../nbs/train/checkpoint.ipynb #68b83c0e
+# %% ../../nbs/train/checkpoint.ipynb #5509f026
 import hashlib
 import json
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..core.files import atomic_write
 
-# %% ../../nbs/train/checkpoint.ipynb #2b6852de
+# %% ../../nbs/train/checkpoint.ipynb #d1dcd272
 FORMAT = "visionbench-checkpoint-1"
 
 
@@ -37,16 +37,17 @@ class Checkpoint(NamedTuple):
 
 def digest(
     tensors: dict[str, Tensor],  # CPU tensors
+    text: str = "",  # what else is vouched for
 ) -> str:  # 32 hex digits
     "A fingerprint of names, types, shapes and bytes, independent of the order."
-    h = hashlib.blake2b(digest_size=16)
+    h = hashlib.blake2b(text.encode(), digest_size=16)
     for name in sorted(tensors):
         t = tensors[name].detach().contiguous()
         h.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
         h.update(t.flatten().view(torch.uint8).numpy().tobytes() if t.numel() else b"")
     return h.hexdigest()
 
-# %% ../../nbs/train/checkpoint.ipynb #4be8e829
+# %% ../../nbs/train/checkpoint.ipynb #9e98f244
 def save_checkpoint(
     path: str | Path,  # file to write, `.safetensors`
     tensors: dict[str, Tensor],  # any device
@@ -55,7 +56,8 @@ def save_checkpoint(
 ) -> Path:  # `path`
     "Write a checkpoint in one piece: after a crash there is the old file or the new one."
     cpu = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    meta = dict(format=FORMAT, digest=digest(cpu), state=json.dumps(state), tags=json.dumps(tags or {}))
+    meta = dict(format=FORMAT, state=json.dumps(state), tags=json.dumps(tags or {}))
+    meta["digest"] = digest(cpu, meta["state"] + meta["tags"])
     return atomic_write(path, save(cpu, metadata=meta))
 
 
@@ -73,7 +75,8 @@ def load_checkpoint(
         raise CheckpointError(f"{path} is damaged or no safetensors file: {e}.") from e
     if meta.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a visionbench checkpoint (format {meta.get('format')!r}, expected {FORMAT!r}).")
-    if meta["digest"] != digest(tensors): raise CheckpointError(f"{path} is damaged: its tensors do not match their digest.")
+    if meta.get("digest") != digest(tensors, meta.get("state", "") + meta.get("tags", "")):
+        raise CheckpointError(f"{path} is damaged: its content does not match its digest.")
     tags = json.loads(meta["tags"])
     if "warning" in tags: warnings.warn(f"{path.name}: {tags['warning']}", stacklevel=2)
     return Checkpoint(tensors, json.loads(meta["state"]), tags)
@@ -101,10 +104,11 @@ def join_state(
     if isinstance(tree, dict): return {int(k) if k.isdigit() else k: join_state(v, tensors) for k, v in tree.items()}
     return [join_state(v, tensors) for v in tree] if isinstance(tree, list) else tree
 
-# %% ../../nbs/train/checkpoint.ipynb #5c35edc0
+# %% ../../nbs/train/checkpoint.ipynb #3cdb877f
 def newest_checkpoint(
     folder: str | Path,  # checkpoints of one stage, named so that later ones sort later
     signature: str = "",  # must equal the state's `signature`, if given
+    check: Callable[[Checkpoint], None] | None = None,  # raises `CheckpointError` on one that does not fit
 ) -> Checkpoint | None:  # None when there is no usable one
     "The latest usable checkpoint of a folder; each one passed over is named in a warning with its reason."
     for path in sorted(Path(folder).glob("*.safetensors"), reverse=True):
@@ -112,6 +116,7 @@ def newest_checkpoint(
             found = load_checkpoint(path)
             if signature and found.state.get("signature") != signature:
                 raise CheckpointError(f"{path} belongs to other settings ({found.state.get('signature')!r}, expected {signature!r}).")
+            if check: check(found)
             return found
         except CheckpointError as e: warnings.warn(f"checkpoint refused, trying an older one: {e}", stacklevel=2)
     return None

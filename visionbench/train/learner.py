@@ -30,7 +30,7 @@ def accelerator(
     with patch_environment(ACCELERATE_TORCH_DEVICE=str(where)):
         return Accelerator(cpu=where.type == "cpu", mixed_precision=precision)
 
-# %% ../../nbs/train/learner.ipynb #6223ef81
+# %% ../../nbs/train/learner.ipynb #fee2a544
 EVENTS = ("before_fit", "before_epoch", "before_batch", "after_loss", "after_backward", "after_step", "after_epoch", "after_fit")
 
 
@@ -66,12 +66,12 @@ class Learner:
     def call(self, event: str):
         "Tell every callback that `event` happened."
         for cb in self.callbacks:
-            if hasattr(cb, event): getattr(cb, event)(self)
+            if callable(act := getattr(cb, event, None)): act(self)
 
     def do(self, verb: str):
         "Let the first callback that returns something do `verb`; else do it here."
         for cb in self.callbacks:
-            if hasattr(cb, verb) and (done := getattr(cb, verb)(self)) is not None: return done
+            if callable(act := getattr(cb, verb, None)) and (done := act(self)) is not None: return done
         return getattr(self, verb)()
 
     def forward(self): return self.apply(self.model, self.batch)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['THRESHOLDS', 'ExitLogits', 'exit_logits', 'exit_table', 'confidence_sweep', 'policy_table', 'evaluate_exits']
 
-# %% ../../../nbs/systems/backdoor/evaluate.ipynb #45a1c264
+# %% ../../../nbs/systems/backdoor/evaluate.ipynb #30e9d52a
 from typing import NamedTuple, Sequence
 
 import pandas as pd
@@ -15,6 +15,7 @@ from torch import Tensor
 from ...core.tensors import DictData, batches, pick_device
 from ...data.images import ImageSet
 from ...metrics.classify import accuracy, attack_success_rate, efficacy, expected_cost
+from ...nn.policies import refuse_nan
 
 # %% ../../../nbs/systems/backdoor/evaluate.ipynb #f5f1e2a3
 class ExitLogits(NamedTuple):
@@ -51,14 +52,15 @@ def exit_table(
     return pd.DataFrame(dict(exit=range(len(cost)), cost=cost.tolist(), accuracy=accuracy(logits.clean, logits.label).tolist(),
                              asr=attack_success_rate(logits.triggered, logits.label, target).tolist()))
 
-# %% ../../../nbs/systems/backdoor/evaluate.ipynb #c979a01e
+# %% ../../../nbs/systems/backdoor/evaluate.ipynb #075f09fb
 def confidence_sweep(
     logits: Tensor,  # (M,N,K)
     thresholds: Sequence[float],  # S values of T
 ) -> Tensor:  # (S,M,N): output at which each image leaves, for each threshold and starting exit
-    "Exits under every confidence threshold and every starting exit; equals `ConfidencePolicy` for each."
+    "Exits under every confidence threshold and every starting exit; equals `ConfidencePolicy` for each. Raises `ValueError` on NaN."
+    for i, output in enumerate(logits): refuse_nan(output, i)
     confidence = logits.float().softmax(-1).amax(-1)
-    leaves = confidence[None] > torch.as_tensor(thresholds, dtype=torch.float64)[:, None, None]
+    leaves = confidence[None] > torch.as_tensor(thresholds, dtype=torch.float32)[:, None, None]
     leaves[:, -1] = True
     where = torch.where(leaves, torch.arange(len(logits))[:, None], len(logits))
     return where.flip(1).cummin(1).values.flip(1)

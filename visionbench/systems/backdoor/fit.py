@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['stage_callbacks', 'pretrain', 'attach_exits', 'simulation_tags', 'inject', 'judge', 'check_data', 'fit']
 
-# %% ../../../nbs/systems/backdoor/fit.ipynb #6e17d153
+# %% ../../../nbs/systems/backdoor/fit.ipynb #8b638399
 from safetensors.torch import save
 from torch import nn, optim
 
@@ -19,15 +19,15 @@ from ...runs.record import Run, RunWriter
 from .claims import CLAIMS
 from .config import BackdoorConfig
 from .defence import ConfusionMonitor, detection_auroc
-from .evaluate import evaluate_exits, exit_logits
-from .threat import simulate_exit_backdoor, threat_tags
+from .evaluate import THRESHOLDS, evaluate_exits, exit_logits
+from .threat import exit_weights, poison_indices, simulate_exit_backdoor, threat_tags
 from .trigger import trigger_of
 from ...train.callbacks import CheckpointCB, ProgressCB, RecordCB
 from ...train.exits import train_exits
 from ...train.learner import Learner
 from ...train.schedule import ScheduleCB, milestones, one_cycle
 
-# %% ../../../nbs/systems/backdoor/fit.ipynb #562feb75
+# %% ../../../nbs/systems/backdoor/fit.ipynb #5fd4a6b2
 def stage_callbacks(
     run: RunWriter,  # where losses and checkpoints go
     config: BackdoorConfig,  # its hash and seed sign the checkpoints
@@ -81,7 +81,8 @@ def inject(config: BackdoorConfig, run: RunWriter, mx: MultiExitNet, images: Ima
 def judge(config: BackdoorConfig, run: RunWriter, name: str, victim: int, mx: MultiExitNet, images: ImageSet):
     "Log every number about one converted network, and keep its logits for dashboards."
     logits, about = exit_logits(mx, images, trigger_of(config), device=config.device), dict(stage="evaluate", net=name, victim=victim)
-    for row in evaluate_exits(logits, config.target, mx.exit_cost()).to_dict("records"):
+    table = evaluate_exits(logits, config.target, mx.exit_cost(), sorted({*THRESHOLDS, config.threshold}))
+    for row in table.to_dict("records"):
         run.log(**about, **{k: v for k, v in row.items() if v == v})
     others, monitor = logits.label != config.target, ConfusionMonitor().fit(logits.clean)
     auroc = detection_auroc(monitor.score(logits.clean), monitor.score(logits.triggered[:, others]))
@@ -93,6 +94,8 @@ def check_data(config: BackdoorConfig, images: ImageSet):
     "Refuse settings that do not fit the images before an hour of training; raises `ValueError`."
     trigger_of(config).window(images.shape)
     if config.target >= images.num_classes: raise ValueError(f"target class {config.target} does not exist; {images.name} has 0 … {images.num_classes - 1}.")
+    poison_indices(images.label, config.target, config.poison_rate)
+    exit_weights((config.depth - 2) // 2 + 1, config.shallow)
 
 
 def fit(
@@ -108,11 +111,10 @@ def fit(
                                 lr=config.attacker_lr, weight_decay=config.weight_decay, drops=(config.attacker_drop,))
         nets["simulated"] = inject(config, run, attacker, train)
         marks = dict(clean=None, simulated=simulation_tags(config))  # a victim's files say what they were made from
+        converted = {(name, victim): attach_exits(config, run, net, train, f"victim-{victim}-{name}", marks[name],
+                                                  epochs=config.victim_epochs, lr=config.victim_lr, weight_decay=config.victim_weight_decay)
+                     for name, net in nets.items() for victim in range(config.victims)}
         run.forget("evaluate")
-        for name, net in nets.items():
-            for victim in range(config.victims):
-                mx = attach_exits(config, run, net, train, f"victim-{victim}-{name}", marks[name], epochs=config.victim_epochs,
-                                  lr=config.victim_lr, weight_decay=config.victim_weight_decay)
-                judge(config, run, name, victim, mx, test)
+        for (name, victim), mx in converted.items(): judge(config, run, name, victim, mx, test)
         write_claims(run, CLAIMS)
     return Run.open(run.path)

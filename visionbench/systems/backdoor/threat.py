@@ -21,7 +21,7 @@ from .config import aimed_outputs
 from ...train.checkpoint import save_checkpoint
 from ...train.learner import Learner
 
-# %% ../../../nbs/systems/backdoor/threat.ipynb #8dd0e1ab
+# %% ../../../nbs/systems/backdoor/threat.ipynb #171d4c69
 def poison_indices(
     label: Tensor,  # true classes (N,)
     target: int,  # the attacker's class t
@@ -30,7 +30,7 @@ def poison_indices(
 ) -> Tensor:  # ⌊ρN⌋ sorted indices, none of the target class
     "Choose the images that get the trigger; raises `ValueError` when none or too many would."
     if not 0 < rate < 1: raise ValueError(f"poison rate {rate} is outside 0 … 1 (share of the training images).")
-    others, n = (label != target).nonzero().flatten(), int(rate * len(label))
+    others, n = (label != target).nonzero().flatten(), int(rate * len(label) + 1e-9)
     if n < 1: raise ValueError(f"a rate of {rate} of {len(label)} images poisons none; at least {1 / len(label):.2g} is needed.")
     if n > len(others): raise ValueError(f"a rate of {rate} asks for {n} images, only {len(others)} are not of class {target}.")
     return others[torch.randperm(len(others), generator=generator(seed, "poison"))[:n]].sort().values
