@@ -8,7 +8,7 @@ root = Path(__file__).parent
 ini = ConfigParser(delimiters=["="], interpolation=None)
 ini.read(root / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
-notebooks = {"visionbench.experiments": "nbs/experiments"}  # they ship in the wheel; visionbench.runs.execute finds them
+notebooks = {f"visionbench.{room}": f"nbs/{room}" for room in ("experiments", "dashboards")}  # they ship in the wheel; visionbench.runs.execute finds them
 
 setup(
     name=cfg["lib_name"],
@@ -26,7 +26,7 @@ setup(
     package_data={name: ["*.ipynb"] for name in notebooks},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={key.removesuffix("_requirements"): cfg[key].split() for key in cfg if key.endswith("_requirements")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],

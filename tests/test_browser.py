@@ -1,7 +1,9 @@
-"""What a reader sees: the site and JupyterLab, in Chromium. Skipped where there is no Chromium."""
+"""What a reader sees: the site, JupyterLab and the dashboards, in Chromium. Skipped where there is no Chromium."""
+import contextlib
 import functools
 import http.server
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +14,7 @@ from urllib.request import urlopen
 
 import nbformat
 import pytest
+from conftest import ROOT
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 FLAGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
@@ -118,3 +121,93 @@ def test_jupyterlab_runs_a_notebook(page, lab):
     }""")
     page.locator(".jp-OutputArea-output", has_text="the bench says 42 Config").wait_for()
     assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A dry run of a small network: the dashboard needs a folder, not good numbers."""
+    from visionbench.systems.backdoor.config import BackdoorConfig
+    from visionbench.systems.backdoor.fit import fit
+
+    return fit(BackdoorConfig.start("quick", depth=8, width=4, limit_batches=2, pretrain_epochs=1, attacker_epochs=1, inject_epochs=1, victim_epochs=1,
+                                    out=str(tmp_path_factory.mktemp("runs")), device="cpu"))
+
+
+@contextlib.contextmanager
+def serving(command, folder, url, **env):
+    """A server with configuration of its own, until the end of the block; ended with its kernels, whatever happens."""
+    log = folder / "server.log"
+    private = {f"JUPYTER{name}": str(folder / name) for name in ("_CONFIG_DIR", "_DATA_DIR", "_RUNTIME_DIR", "LAB_SETTINGS_DIR", "LAB_WORKSPACES_DIR")}
+    with log.open("w") as out:
+        server = subprocess.Popen(command, env={**os.environ, **private, **env}, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
+    try:
+        wait_for_server(url, server, log)
+        yield
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+
+
+def check_dashboard(page, run):
+    """Move controls with the keyboard and read from the figure what a reader would see."""
+    from visionbench.systems.backdoor.explorer import VIEWS, BackdoorExplorer
+
+    def drawn(function):
+        return f"(() => {{ const gd = document.querySelector('.js-plotly-plot'); return gd && gd.data && gd.layout && ({function})(gd); }})()"
+
+    expected = BackdoorExplorer(run)
+    page.locator(".js-plotly-plot .annotation-text", has_text="Attack success").wait_for()
+    assert page.locator(".js-plotly-plot").count() == 1
+    page.locator(".knob .noUi-handle").press("ArrowLeft")                        # 0.9 → 0.85
+    page.wait_for_function(drawn("gd => gd.layout.shapes.length && Math.abs(gd.layout.shapes[0].x0 - .85) < 1e-9"))
+    expected.knob.value = .85
+    want = [t["y"][0] for t in expected.draw("Policies")["board"]["data"] if t.get("mode") == "markers" and t["yaxis"] == "y2"][0]
+    page.wait_for_function(drawn(f"gd => gd.data.some(t => t.yaxis === 'y2' && t.mode === 'markers' && Math.abs(t.y[0] - {want}) < 1e-9)"))
+    page.locator(".min-exit .noUi-handle").press("ArrowRight")
+    expected.start.value = 1
+    cost = next(t["y"] for t in expected.draw("Policies")["board"]["data"] if t["type"] == "bar")
+    page.wait_for_function(drawn(f"gd => {{ const bar = gd.data.find(t => t.type === 'bar'); return bar && bar.y[0] === 0 && Math.abs(bar.y[1] - {cost[1]}) < 1e-9; }}"))
+    page.locator(".policy select").select_option("patience")
+    page.locator(".js-plotly-plot .xtitle", has_text="repetitions P").wait_for()
+    titles = dict(zip(VIEWS, ("Accuracy, clean", "How far the trigger moves", "Attack success of each output alone", "AUROC, triggered", "not been scanned", "Confusion of all exits")))
+    for view in (*VIEWS[1:], VIEWS[0]):                                          # there and back again on the one figure
+        page.locator(".view button", has_text=view).click()
+        page.locator(".js-plotly-plot .annotation-text", has_text=titles[view]).first.wait_for()
+        assert page.locator(".trouble").count() == 0
+    page.locator(".view button", has_text="One image").click()
+    page.wait_for_function("[...document.querySelectorAll('.widget-image')].filter(i => i.naturalWidth > 200).length === 2")
+    before = page.locator(".widget-image").first.get_attribute("src")
+    page.locator(".trigger input").click()
+    page.wait_for_function("old => document.querySelector('.widget-image').src !== old", arg=before)
+    page.wait_for_function(drawn("gd => { const c = gd.data.find(t => t.name === 'relative change of the features'); return c && c.y.every(v => v === 0); }"))
+
+
+def test_voila_serves_the_dashboard(page, finished, tmp_path):
+    port = free_port()
+    command = [sys.executable, "-m", "voila", str(ROOT / "nbs" / "dashboards"), "--no-browser", f"--port={port}"]
+    with serving(command, tmp_path, f"http://127.0.0.1:{port}/", VISIONBENCH_RUN=str(finished.path)):
+        page.goto(f"http://127.0.0.1:{port}/")
+        assert page.locator("a", has_text="backdoor.ipynb").count() == 1         # the gallery
+        page.goto(f"http://127.0.0.1:{port}/voila/render/backdoor.ipynb")
+        check_dashboard(page, finished)
+        assert page.get_by_text("Threat simulation").count() == 1 and not page.get_by_text("skip_exec").first.is_visible()
+
+
+def test_jupyterlab_runs_the_dashboard(page, finished, tmp_path):
+    folder, port = tmp_path / "notebooks", free_port()
+    folder.mkdir()
+    shutil.copy(ROOT / "nbs" / "dashboards" / "backdoor.ipynb", folder)
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ServerApp.port_retries=0",
+               "--IdentityProvider.token=", "--expose-app-in-browser", f"--ServerApp.root_dir={folder}"]
+    with serving(command, tmp_path, f"http://127.0.0.1:{port}/api", VISIONBENCH_RUN=str(finished.path)):
+        page.goto(f"http://127.0.0.1:{port}/lab/tree/backdoor.ipynb")
+        page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for()
+        page.evaluate("""() => {
+            const app = window.jupyterapp, panel = app.shell.currentWidget;
+            panel.sessionContext.ready.then(() => app.commands.execute('notebook:run-all-cells'));
+        }""")
+        check_dashboard(page, finished)
+        assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").count() == 0

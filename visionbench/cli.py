@@ -6,15 +6,16 @@
 __all__ = ['SYSTEMS', 'OWN_OPTION', 'app', 'AsJson', 'Preset', 'Seed', 'Settings', 'Data', 'Out', 'Device', 'Fresh', 'Runs',
            'chapter', 'literal', 'read_settings', 'configure', 'check_data', 'check_device', 'exit_status', 'complain',
            'Commands', 'top', 'to_json', 'list_systems', 'run', 'train', 'summary', 'print_claims', 'claims', 'show',
-           'data_cards', 'data', 'docs', 'doctor', 'main']
+           'dash', 'data_cards', 'data', 'docs', 'doctor', 'main']
 
-# %% ../nbs/cli.ipynb #b0467825
+# %% ../nbs/cli.ipynb #04fcc849
 import ast
 import importlib
 import json
 import math
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -256,6 +257,20 @@ def show(run: Annotated[Path, typer.Argument(help="A run's folder.")]):
     record = Run.open(run)
     system = record.settings["system"]
     print(describe(record, chapter(system, "config").CONFIG if system in SYSTEMS else None))
+
+# %% ../nbs/cli.ipynb #c4e82175
+@app.command()
+def dash(system: Annotated[str, typer.Argument(help="A name from `visionbench list`.")] = "backdoor", runs: Runs = "runs",
+         port: Annotated[int, typer.Option(help="Of the page, on this machine.")] = 8866):
+    "Serve the dashboard of a system's newest finished run, or of the run named in VISIONBENCH_RUN, until Ctrl-C."
+    from visionbench.runs.execute import PLACES
+    from visionbench.runs.latest import latest_run
+    chapter(system, "config")
+    page = next((p for folder in PLACES if (p := folder.parent / "dashboards" / f"{system}.ipynb").is_file()), None)
+    if page is None: raise ConfigError(f"{system} has no dashboard.")
+    run = latest_run(system, "" if os.environ.get("VISIONBENCH_RUN") else runs).path.resolve()
+    print(f"http://localhost:{port}/  {run}\nCtrl-C ends it", flush=True)
+    subprocess.run([sys.executable, "-m", "voila", str(page), "--no-browser", f"--port={port}"], check=False, env=os.environ | dict(VISIONBENCH_RUN=str(run)))
 
 # %% ../nbs/cli.ipynb #49972d8f
 def data_cards(

@@ -4,12 +4,22 @@ import warnings
 
 import pytest
 import torch
+import torchvision
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
+from visionbench.core.tensors import DictData
 from visionbench.metrics.classify import accuracy, attack_success_rate, efficacy, exit_histogram, expected_cost
-from visionbench.nn.exits import InternalClassifier, MultiExitNet, run_early_exit
-from visionbench.nn.policies import ConfidencePolicy, ExitPolicy
+from visionbench.nn.adapters import cut
+from visionbench.nn.exits import (BudgetedPolicy, ConfidencePolicy, EntropyPolicy, FixedPolicy, InternalClassifier, MultiExitNet,
+                                  OraclePolicy, PatienceConfidencePolicy, PatiencePolicy, calibrate, fit_temperature, run_early_exit,
+                                  train_exits)
+from visionbench.nn.mobilenet import mobilenet_v1_cifar
+from visionbench.nn.policies import ExitPolicy
+from visionbench.nn.programs import export_stages, load_stages
 from visionbench.nn.resnet import Normalize, cifar_resnet
+from visionbench.nn.stages import stages_of
+from visionbench.nn.vgg import vgg16_bn_cifar
 
 SMALL = (1, 16, 16)
 
@@ -50,10 +60,21 @@ def test_pixels_outside_0_1_warn_once():
         Normalize()(255*torch.rand(2, *SMALL))
 
 
-@pytest.mark.parametrize("exits", ["sdn6", "", None, [], .5, [.15, .3], [True], ["0"], {0, 1}])
+@pytest.mark.parametrize("exits", ["sdn7", "", None, [], .5, [.15, 3], [True], ["0"], {0, 1}])
 def test_exits_of_another_kind(exits):
-    with says(f"exits={exits!r}: accepted are 'all' or a list of block indices 0 … 5"):
+    with says(f"exits={exits!r}: accepted are 'all', 'sdn6', a list of block indices 0 … 5, or of fractions"):
         MultiExitNet.from_vanilla(resnet(), exits)
+
+
+@pytest.mark.parametrize("exits", [[.5, .2], [.2, .2], [0., .5], [.5, 1.], [-.1, .5], [float("nan")]])
+def test_fractions_out_of_order_or_range(exits):
+    with says(f"exits={exits!r}: expected increasing fractions of the cost within 0. and 1., none twice"):
+        MultiExitNet.from_vanilla(resnet(), exits, input_shape=SMALL)
+
+
+def test_fractions_that_share_a_block():
+    with says("exits=[0.1, 0.12] fall on blocks [0, 0], one of them twice; the blocks end at [0.198, 0.374"):
+        MultiExitNet.from_vanilla(resnet(), [.1, .12], input_shape=SMALL)
 
 
 @pytest.mark.parametrize("exits", [[3, 1], [1, 1], [0, 6], [-1, 2], [6]])
@@ -83,11 +104,56 @@ class WrongStages(nn.Module):
 def test_networks_that_cannot_be_cut():
     with says("NoStages cannot be cut: give it a method stages() -> (stem, [blocks], head)", TypeError):
         MultiExitNet.from_vanilla(NoStages())
-    with says("nn.Sequential: 1 layers with weights", TypeError):
+    with says("Sequential cannot be cut: give it a method stages()", TypeError):
         MultiExitNet.from_vanilla(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), input_shape=(1, 2, 2))
+    with says("1 layers with weights, expected 2 or more", TypeError): stages_of(nn.Sequential(nn.Linear(4, 2)))
     with says("head(blocks(stem(x))) differs from net(x)"): MultiExitNet.from_vanilla(WrongStages())
     with says("expected logits (1,K)"):
         MultiExitNet.from_vanilla(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3)))
+
+
+class Branching(nn.Module):
+    """Its way depends on a pixel: no graph can say who feeds whom."""
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(1, 2, 3), nn.Linear(2, 3)
+
+    def forward(self, x):
+        z = self.conv(x).mean((2, 3))
+        return self.fc(z if z.sum() > 0 else -z)
+
+
+def test_networks_that_cannot_be_traced():
+    with says("Branching cannot be cut", TypeError): cut(Branching(), input_shape=SMALL)
+    with pytest.raises(TypeError, match="its code cannot be traced: .*control flow"): MultiExitNet.from_vanilla(Branching(), input_shape=SMALL)
+
+
+def test_places_that_are_none():
+    net = torchvision.models.resnet18(num_classes=4)
+    for at, text in [
+            (["layer5"], "at: 'layer5' is no module of ResNet; closest: ['layer4', 'layer3', 'layer2']"), ([], "at=[]"),
+            ("layer1", "at='layer1': accepted are 'auto' or a list of names"), (["layer2", "layer1"], "expected increasing depth"),
+            (["layer1", "layer1"], "none twice"), (["layer1.0.conv1"], "other values pass by it (a shortcut)"),
+            (["layer1.0.relu"], "is called 2 times"), (["layer1.0.downsample"], "is no module of ResNet")]:
+        with says(text): cut(net, at)
+    with says("input_shape=(1, 32, 32) does not fit"): MultiExitNet.from_vanilla(net, input_shape=(1, 32, 32))
+
+
+@pytest.mark.parametrize("make,bad,text", [
+    (vgg16_bn_cifar, dict(input_size=16), "input_size=16 is too small for 5 max-pools, expected at least 32"),
+    (vgg16_bn_cifar, dict(plan=("M", 8)), "expected channels first"), (vgg16_bn_cifar, dict(plan=()), "expected channels first"),
+    (vgg16_bn_cifar, dict(width=0.), "width=0.0, expected above 0"), (mobilenet_v1_cifar, dict(width=-1), "width=-1, expected at least 1"),
+    (mobilenet_v1_cifar, dict(input_size=0), "input_size=0"), (mobilenet_v1_cifar, dict(num_classes=0), "num_classes=0"),
+    (mobilenet_v1_cifar, dict(mean=[.5], std=[.5]), "has 1 values, in_chans=3"), (vgg16_bn_cifar, dict(mean=[.5]*3), "expected both or none")])
+def test_vgg_and_mobilenet_arguments(make, bad, text):
+    with says(text): make(**{"num_classes": 10, **bad})
+
+
+@pytest.mark.parametrize("make", [vgg16_bn_cifar, mobilenet_v1_cifar])
+def test_images_of_another_size(make):
+    net = make(10, width=.1)
+    for shape in [(1, 3, 64, 64), (1, 3, 32, 16), (1, 1, 32, 32)]:
+        with says(f"images {shape} given, expected (B,3,32,32)"): net(torch.rand(shape))
 
 
 def test_shapes_that_do_not_fit():
@@ -118,12 +184,71 @@ def test_a_backbone_in_training_mode_is_neither_cached_nor_compacted():
     (dict(temperature=float("nan")), "expected above 0")])
 def test_senseless_policies(bad, text):
     with says(text): ConfidencePolicy(**{"threshold": .5, **bad})
+    if "fallback" not in bad:
+        with says(text): EntropyPolicy(**{"threshold": .5, **bad})
+        with says(text): PatienceConfidencePolicy(**{"patience": 1, "threshold": .5, **bad})
+
+
+@pytest.mark.parametrize("patience", [-1, 1.5, None, True])
+def test_senseless_patience(patience):
+    with says(f"patience={patience!r}, expected a whole number"): PatiencePolicy(patience)
+    with says(f"patience={patience!r}, expected a whole number"): PatienceConfidencePolicy(patience, .5)
+
+
+@pytest.mark.parametrize("share,start,text", [
+    (-1., 0, "share=-1.0 with min_exit=0: expected a ratio above 0"), (0., 1, "expected a ratio above 0"), (float("inf"), 0, "expected a ratio"),
+    (float("nan"), 0, "expected a ratio"), ((.5, .5), 0, "or M=4 shares"), ((.5, .5, .5, .5), 0, "sums to 2, not 1"), ((1.5, -.5, 0, 0), 0, "0 or more"),
+    ((.5, .5, 0, 0), 1, "0 before min_exit")])
+def test_senseless_budgets(share, start, text):
+    with says(text): BudgetedPolicy(share, start).fit(torch.zeros(4, 5, 3))
+
+
+def test_calibration_that_cannot_be():
+    logits, label, cost = torch.randn(4, 9, 3, generator=torch.Generator().manual_seed(0)), torch.arange(9) % 3, torch.tensor([.1, .4, .7, 1.])
+    with says("ConfidencePolicy: none of 19 settings has cost <= 0.05; the lowest, 0.1, is at 0.05"):
+        calibrate(ConfidencePolicy(.5), cost, (logits, label), target_cost=.05)
+    with says("none of 2 settings has rad <= -9"): calibrate(FixedPolicy(0), cost, (logits, label), max_rad=-9, grid=(0, 1))
+    with says("OraclePolicy has nothing to calibrate"): calibrate(OraclePolicy(label), cost, (logits, label))
+    with says("3 costs given, logits (4, 9, 3): expected M of each"): calibrate(ConfidencePolicy(.5), cost[1:], (logits, label))
+    with says("label (8,), expected (M,N,K), (N,)"): fit_temperature(logits, label[1:])
+    mx = MultiExitNet.from_vanilla(resnet(), input_shape=SMALL).freeze(False).train()
+    with says("backbone in training mode"): calibrate(ConfidencePolicy(.5), mx, [dict(image=torch.rand(2, *SMALL), label=label[:2])])
+
+
+def test_training_that_cannot_be():
+    data = DictData(image=torch.rand(9, *SMALL), label=torch.arange(9))
+    mx = MultiExitNet.from_vanilla(resnet(), input_shape=SMALL)
+    with says("bn='eval': accepted are 'frozen' and 'track'"): train_exits(mx, data, 1, bn="eval")
+    for size in (1, 4):
+        with says(f"9 images in batches of {size} leave a batch of one"): train_exits(mx, data, 1, bn="track", size=size, device="cpu")
+    pairs = TensorDataset(torch.rand(8, *SMALL), torch.arange(8))
+    with says("batches are list, expected dicts with image and label"): train_exits(mx, DataLoader(pairs, 4), 1, device="cpu")
+    odd = DataLoader(data, 4, sampler=WeightedRandomSampler(torch.ones(9), 9))
+    with says("a loader with a WeightedRandomSampler draws in its own way"): train_exits(mx, odd, 1, device="cpu")
+    nameless = DataLoader([dict(x=torch.rand(SMALL))]*8, 4)
+    with says("batches are ['x'], expected dicts with image and label"): train_exits(mx, nameless, 1, device="cpu")
+
+
+def test_stages_of_another_format(tmp_path):
+    mx = MultiExitNet.from_vanilla(cifar_resnet(8, 10, 1, 4), exits=[0], input_shape=SMALL)
+    with says("format='engine': accepted are ('pt2', 'onnx')"): export_stages(mx, tmp_path, format="engine")
+    with pytest.raises(FileNotFoundError): load_stages(tmp_path)
+    programs = load_stages(export_stages(mx, tmp_path).parent)
+    for call in (programs, lambda x: programs.run(x, ConfidencePolicy(.5))):
+        with says("images (2, 1, 8, 8) given, the stages were exported for (B,1,16,16)"): call(torch.rand(2, 1, 8, 8))
+    with says("no samples to decide on: B=0"): programs.run(torch.rand(0, *SMALL), ConfidencePolicy(.5))
+    with says("output 0: logits of 1 of 2 samples are NaN"):
+        programs.run(torch.stack([torch.rand(SMALL), torch.full(SMALL, torch.nan)]), ConfidencePolicy(.5))
 
 
 @pytest.mark.parametrize("policy,text", [
     (ConfidencePolicy(.5, min_exit=7), "min_exit=7, a net with M=7 outputs has 0 … 6"),
     (ConfidencePolicy(.5, min_exit=-1), "min_exit=-1"),
-    (ConfidencePolicy(.5, temperature=(1., 1.)), "2 temperatures given, expected one per output, M=7")])
+    (ConfidencePolicy(.5, temperature=(1., 1.)), "2 temperatures given, expected one per output, M=7"),
+    (EntropyPolicy(.5, temperature=[1.]), "1 temperatures given"), (PatiencePolicy(1, min_exit=9), "min_exit=9"),
+    (FixedPolicy(7), "exit=7, a net with M=7 outputs has 0 … 6"), (FixedPolicy(-1), "exit=-1"),
+    (BudgetedPolicy(.5), "0 thresholds, M=7 outputs need 6: fit(logits) first"),
+    (OraclePolicy(torch.zeros(3, dtype=torch.long)), "3 labels given, expected one per sample, B=2")])
 def test_policies_that_do_not_fit_the_net(policy, text):
     with says(text): policy(torch.zeros(7, 2, 10))
     with says(text): run_early_exit(MultiExitNet.from_vanilla(resnet(), input_shape=SMALL), torch.rand(2, *SMALL), policy)

@@ -5,13 +5,24 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
+from scipy.optimize import minimize_scalar
 from sklearn.metrics import accuracy_score, auc
 from torch import nn
+from torch.utils.data import DataLoader
 
+from visionbench.core.tensors import DictData, batches
 from visionbench.metrics.classify import accuracy, attack_success_rate, efficacy, exit_histogram, expected_cost
-from visionbench.nn.exits import InternalClassifier, MultiExitNet, run_early_exit, stages_of
-from visionbench.nn.policies import ConfidencePolicy, ExitPolicy
-from visionbench.nn.resnet import Normalize, cifar_resnet
+from visionbench.nn.adapters import Cut, cut
+from visionbench.nn.calibrate import policy_sweep, stored_logits
+from visionbench.nn.exits import (BudgetedPolicy, ConfidencePolicy, EntropyPolicy, FixedPolicy, InternalClassifier, MultiExitNet,
+                                  OraclePolicy, PatienceConfidencePolicy, PatiencePolicy, calibrate, fit_temperature, run_early_exit,
+                                  stages_of, train_exits)
+from visionbench.nn.mobilenet import MOBILENET, mobilenet_v1_cifar
+from visionbench.nn.programs import export_stages, load_stages
+from visionbench.nn.resnet import Normalize, cifar_resnet, init_weights
+from visionbench.nn.stages import SDN_COSTS, block_cost, stage_macs
+from visionbench.nn.vgg import VGG16, vgg16_bn_cifar
 
 
 def seeded(n):
@@ -63,6 +74,75 @@ def test_published_counts():
         assert sum(p.numel() for p in mx.head_parameters()) == size
         assert [i.shape[1] for i in mx.eval().features(torch.rand(1, 3, 32, 32))] == \
             [k * (1 + (pool == "mixed")) for k in [256]*9 + [512]*9 + [1024]*9]
+
+
+def vgg_by_hand(plan, fc, K, C, size):
+    """Parameters, multiply-adds after each block and in all, units an exit sees: counted layer by layer, without torch."""
+    params, macs, after, seen, c, h = 0, 0, [], [], C, size
+    for i, w in enumerate(plan):
+        if w == "M": continue
+        params, macs, c = params + 9*c*w + 3*w, macs + 9*c*w*h*h, w
+        if plan[i + 1:i + 2] == ("M",): h //= 2
+        after.append(macs)
+        seen.append(c * (h // max(h // 4, 1))**2)
+    units = (c*h*h, *fc, K)
+    linear = [a*b for a, b in zip(units, units[1:])]
+    return params + sum(linear) + sum(units[1:]), [*after, macs + linear[0], macs + sum(linear)], [*seen, fc[0]]
+
+
+def mobilenet_by_hand(width, K, C, size):
+    c, h, seen, after = round(32*width), size, [], []
+    params, macs = 9*C*c + 2*c, 9*C*c*h*h
+    for p in MOBILENET:
+        w, stride = p if isinstance(p, tuple) else (p, 1)
+        w, h = round(w*width), -(-h // stride)
+        params, macs, c = params + 9*c + 2*c + c*w + 2*w, macs + 9*c*h*h + c*w*h*h, w
+        after.append(macs)
+        seen.append(c * (h // max(h // 4, 1))**2)
+    return params + c*K + K, [*after, macs + c*K], seen
+
+
+@pytest.mark.parametrize("name,K,C,width,size", [
+    ("vgg", 10, 3, 1, 32), ("vgg", 200, 3, .5, 64), ("vgg", 43, 1, .25, 32), ("mobilenet", 10, 3, 1, 32), ("mobilenet", 200, 3, .25, 64),
+    ("mobilenet", 5, 1, .25, 16), ("mobilenet", 7, 2, .5, 28)])
+def test_vgg_and_mobilenet_counts_equal_the_hand_formula(name, K, C, width, size):
+    if name == "vgg":
+        net, fc = vgg16_bn_cifar(K, C, width, size), (2048, 1024) if size == 64 else (512, 512)
+        scale = lambda plan: tuple(w if w == "M" else round(w*width) for w in plan)
+        params, macs, seen = vgg_by_hand(scale(VGG16), scale(fc), K, C, size)
+    else:
+        net = mobilenet_v1_cifar(K, C, width, size)
+        params, macs, seen = mobilenet_by_hand(width, K, C, size)
+    assert sum(p.numel() for p in net.parameters()) == params and stage_macs(net, (C, size, size)) == macs
+    mx = MultiExitNet.from_vanilla(net)                              # the size is the net's own
+    assert mx.input_shape == (C, size, size) and [g.linear.in_features for g in mx.heads] == seen
+    assert np.allclose(mx.exit_cost(), np.array(macs) / macs[-1], rtol=1e-12)
+
+
+def test_published_counts_of_vgg_and_mobilenet():
+    """Spec of the audit: parameters, exits at 10 and at 200 classes, from the layer-by-layer count."""
+    for (params, macs, seen), size, total, ics in [
+            (vgg_by_hand(VGG16, (512, 512), 10, 3, 32), 15_253_578, 313.73, 419_980),
+            (mobilenet_by_hand(1, 10, 3, 32), 3_217_226, 46.35, 706_690)]:
+        assert params == size and round(macs[-1]/1e6, 2) == total and sum(10*s + 10 for s in seen) == ics
+    exits = lambda seen: round(sum(200*s + 200 for s in seen)/1e6, 1)
+    assert exits(vgg_by_hand(VGG16, (2048, 1024), 200, 3, 64)[2]) == 12.7 and exits(mobilenet_by_hand(1, 200, 3, 64)[2]) == 19.0
+    r56 = MultiExitNet.from_vanilla(cifar_resnet(56, 200, stem_stride=2), input_shape=(3, 64, 64))
+    assert round(sum(p.numel() for p in r56.head_parameters())/1e6, 1) == 3.2
+    assert round(sum(p.numel() for p in r56.backbone_parameters())/1e6, 2) == .87
+
+
+def test_published_placements():
+    """The vectors of Kaya et al.'s network definitions."""
+    for net, vector in [(vgg16_bn_cifar(10), "01010110110000"), (cifar_resnet(56, 10), "000100010001000100010001000"),
+                        (mobilenet_v1_cifar(10), "0010101010010")]:
+        mx = MultiExitNet.from_vanilla(net, "sdn6")
+        assert mx.exits == [i for i, v in enumerate(vector) if v == "1"] and len(vector) == len(net.blocks)
+    other = cifar_resnet(20, 10)
+    cost = block_cost(other, (3, 32, 32)).numpy()
+    wanted = sorted({int(np.abs(cost[:-1] - f).argmin()) for f in SDN_COSTS})
+    assert MultiExitNet.from_vanilla(other, "sdn6").exits == wanted and other.sdn_exits is None
+    assert MultiExitNet.from_vanilla(other, [cost[1] + .01, cost[4] - .01]).exits == [1, 4]
 
 
 def conv2d(x, w, stride=1):
@@ -125,6 +205,8 @@ NETS = {
     "vgg-like": (vgg_like, 3),
     "all-conv": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.AdaptiveAvgPool2d(1),
                                        nn.Flatten()), 1),
+    "vgg": (lambda: vgg16_bn_cifar(5, 3, input_size=16, plan=(4, "M", 8, "M"), fc=(12, 8), generator=seeded(3)), 3),
+    "mobilenet": (lambda: mobilenet_v1_cifar(5, 3, .05, 16, generator=seeded(3)), 13),
     "perceptron": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3*16*16, 8), nn.BatchNorm1d(8), nn.Tanh(),
                                          nn.Linear(8, 5)), 1),
 }
@@ -219,26 +301,112 @@ def test_confidence_policy_equals_numpy():
         assert np.allclose(got.score, score, atol=1e-5)
 
 
-class Patience(ExitPolicy):
-    """Leave after P agreements in a row: a policy with a state, as later chapters will have."""
-    def __init__(self, P, min_exit=0):
-        self.P, self.min_exit = P, min_exit
-
-    def step(self, i, logits, state):
-        score, pred = logits.softmax(-1).max(-1)
-        count = torch.where(pred == state["last"], state["count"] + 1, 0) if state else torch.zeros_like(pred)
-        return count >= self.P, pred, score, {"last": pred, "count": count}
-
-
-def patient_by_hand(said, P, start):
+def decide_by_hand(policy, p, label):
+    """One sample after the other, one output after the other, on probabilities (M,B,K) in float64."""
     exits = []
-    for row in said.T:
-        count = 0
-        for i in range(start, len(row)):
-            count = count + 1 if i > start and row[i] == row[i - 1] else 0
-            if count == P: break
+    for b in range(p.shape[1]):
+        said, count = p[:, b].argmax(-1), 0
+        for i in range(policy.min_exit, len(p)):
+            q, top = p[i, b], p[i, b].max()
+            match policy:
+                case ConfidencePolicy(): go = top > policy.threshold
+                case EntropyPolicy(): go = -(q * np.log(np.maximum(q, 1e-300))).sum() < policy.threshold
+                case PatiencePolicy():
+                    count = count + 1 if i > policy.min_exit and said[i] == said[i - 1] else 0
+                    go = count == policy.patience > 0
+                case PatienceConfidencePolicy():
+                    count = count + 1 if top > policy.threshold else 0
+                    go = count == policy.patience > 0
+                case BudgetedPolicy(): go = i == len(p) - 1 or top > policy.thresholds[i]
+                case FixedPolicy(): go = i == policy.exit
+                case OraclePolicy(): go = said[i] == label[b]
+            if go: break
         exits.append(i)
     return exits
+
+
+def some_policy(n, rng, logits, label):
+    """One of seven kinds, with values that let samples leave everywhere; none of `threshold` lies on a sample."""
+    M, K, start = *logits.shape[::2], int(rng.integers(3))
+    tau = (None, 2., tuple(rng.uniform(.5, 2, M)))[n % 3]
+    return [lambda: ConfidencePolicy(rng.uniform(.15, 1.02), start, "final", tau), lambda: EntropyPolicy(rng.uniform(0, np.log(K)), start, tau),
+            lambda: PatiencePolicy(int(rng.integers(5)), start), lambda: FixedPolicy(int(rng.integers(M))),
+            lambda: PatienceConfidencePolicy(int(rng.integers(4)), rng.uniform(.15, .9), start, tau),
+            lambda: BudgetedPolicy(float(rng.uniform(.3, 3)), start, tau).fit(logits), lambda: OraclePolicy(label, start)][n % 7]()
+
+
+def test_policies_equal_a_loop_in_numpy():
+    rng, left = np.random.default_rng(3), {}
+    for n in range(700):
+        M, B, K = rng.integers(3, 9), rng.integers(1, 9), rng.integers(2, 12)
+        logits = torch.tensor((rng.normal(size=(M, B, K)) * rng.uniform(.3, 5)).astype(np.float32))
+        label = torch.tensor(rng.integers(K, size=B))
+        policy = some_policy(n, rng, logits, label)
+        tau = np.reshape(getattr(policy, "temperature", None) or 1., (-1, 1, 1))
+        got = policy(logits)
+        assert got.exit.tolist() == decide_by_hand(policy, softmax(logits.numpy().astype(float)/tau), label), policy
+        assert torch.equal(got.pred, logits.argmax(-1)[got.exit, torch.arange(B)])
+        order = torch.tensor(rng.permutation(B))
+        turned = OraclePolicy(label[order], policy.min_exit) if isinstance(policy, OraclePolicy) else policy
+        assert torch.equal(turned(logits[:, order]).exit, got.exit[order])
+        left.setdefault(type(policy).__name__, set()).update(got.exit.tolist())
+    assert len(left) == 7 and all(len(exits) > 3 for exits in left.values())
+
+
+def test_entropy_of_certain_and_masked_classes():
+    K = 7
+    assert torch.allclose(EntropyPolicy(0)(torch.zeros(1, 2, K)).score, torch.tensor(float(K)).log())
+    sure = torch.full((2, 3, K), -torch.inf)
+    sure[..., 2] = 0
+    d = EntropyPolicy(1e-9)(sure)
+    assert (d.score == 0).all() and (d.exit == 0).all() and (EntropyPolicy(0)(sure).exit == 1).all()
+
+
+def test_budgets_are_met():
+    logits = torch.randn(5, 1000, 6, generator=seeded(0)) * 3
+    for share in [(.1, .2, .3, .15, .25), (0., 0., 0., 0., 1.), (1., 0., 0., 0., 0.), (.333, 0, .333, .334, 0)]:
+        left = torch.bincount(BudgetedPolicy(share).fit(logits)(logits).exit, minlength=5)
+        assert (left - 1000*torch.tensor(share)).abs().max() <= 1
+    left = torch.bincount(BudgetedPolicy(.5, min_exit=2).fit(logits)(logits).exit, minlength=5)
+    assert left.tolist() == [0, 0, 571, 286, 143]                     # 4 : 2 : 1
+    same = torch.zeros(3, 8, 4)                                       # nobody is surer than another: nobody can be let go
+    assert (BudgetedPolicy((.5, .25, .25)).fit(same)(same).exit == 2).all()
+
+
+def test_temperatures_have_the_smallest_likelihood_loss():
+    logits, label = torch.randn(4, 400, 5, generator=seeded(1)), torch.arange(400) % 5
+    logits = (logits + 2*F.one_hot(label, 5)) * torch.tensor([.3, 1., 4., 9.]).view(4, 1, 1)
+    tau = fit_temperature(logits, label)
+    for o, t in zip(logits.double(), tau):
+        loss = lambda u: F.cross_entropy(o/u, label).item()
+        best = minimize_scalar(loss, bounds=(.05, 50), method="bounded", options=dict(xatol=1e-9)).x
+        assert abs(t.item()/best - 1) < 1e-4
+    blown = torch.cat([7*logits[:1], logits[:1]])
+    assert abs(torch.div(*fit_temperature(blown, label)).item() - 7) < 1e-3          # scaled logits, scaled temperature
+    assert 9 < fit_temperature(-9*F.one_hot(label, 5)[None].float(), label).item()   # always wrong: as unsure as allowed
+
+
+def test_calibration_finds_what_a_search_finds():
+    label = torch.arange(500) % 4
+    logits = torch.randn(6, 500, 4, generator=seeded(2)) + F.one_hot(label, 4) * torch.linspace(1, 4, 6).view(6, 1, 1)
+    cost = torch.linspace(.2, 1, 6, dtype=torch.float64)
+    full = (logits[-1].argmax(-1) == label).double().mean()
+    for policy, make, grid in [
+            (ConfidencePolicy(.5, 1), lambda v: ConfidencePolicy(v, 1), [.05*k for k in range(1, 20)]),
+            (PatiencePolicy(1), PatiencePolicy, range(1, 6)), (FixedPolicy(0), FixedPolicy, range(6)),
+            (PatienceConfidencePolicy(2, .5), lambda v: PatienceConfidencePolicy(2, v), [.05*k for k in range(1, 20)]),
+            (EntropyPolicy(.5), EntropyPolicy, [.05*k*np.log(4) for k in range(1, 20)])]:
+        made = [make(v)(logits) for v in grid]
+        acc, spent = [(d.pred == label).double().mean() for d in made], [cost[d.exit].mean() for d in made]
+        got = calibrate(policy, cost, (logits, label), max_rad=.06)(logits)
+        assert cost[got.exit].mean() == min(c for a, c in zip(acc, spent) if 1 - a/full <= .06)
+        assert 1 - (got.pred == label).double().mean()/full <= .06
+        got = calibrate(policy, cost, (logits, label), target_cost=.7)(logits)
+        assert (got.pred == label).double().mean() == max(a for a, c in zip(acc, spent) if c <= .7)
+        assert cost[got.exit].mean() <= .7
+    rows = policy_sweep(BudgetedPolicy(1.), logits, label, cost)
+    assert [r["cost"] for r in rows] == sorted(r["cost"] for r in rows) and rows[0]["cost"] < .3 and rows[-1]["cost"] > .9
+    assert len(calibrate(BudgetedPolicy(1.), cost, (logits, label), target_cost=.6).thresholds) == 5
 
 
 def tiny(name, scale=40.):
@@ -249,23 +417,21 @@ def tiny(name, scale=40.):
 
 def test_leaving_early_decides_as_the_policy_does_on_1000_batches():
     """Exits and answers equal, scores close: a convolution over fewer rows may round the last bit differently."""
-    mx, rng, left = tiny("resnet"), np.random.default_rng(1), np.zeros(7)
+    mx, rng, left = tiny("resnet"), np.random.default_rng(1), np.zeros((8, 7))
     for n in range(1000):
         x = torch.rand(int(rng.integers(1, 9)), 3, 16, 16, generator=seeded(n)) ** rng.uniform(.3, 4)
-        if n % 4 == 3: policy = Patience(int(rng.integers(1, 4)), int(rng.integers(3)))
-        else: policy = ConfidencePolicy(rng.uniform(.15, 1.02), int(rng.integers(7)), ("final", "max_conf")[n % 2],
-                                        (None, 2., tuple(rng.uniform(.5, 2, 7)))[n % 3])
         with torch.no_grad(): logits = mx(x)
+        label = torch.tensor(rng.integers(5, size=len(x)))
+        policy = some_policy(n, rng, logits, label) if n % 8 < 7 else ConfidencePolicy(rng.uniform(.15, 1), int(rng.integers(7)), "max_conf")
         whole, early = policy(logits), run_early_exit(mx, x, policy)
         assert torch.equal(whole.exit, early.exit) and torch.equal(whole.pred, early.pred), (n, policy)
-        assert torch.allclose(whole.score, early.score, atol=1e-4)
-        if n % 4 == 3: assert early.exit.tolist() == patient_by_hand(logits.argmax(-1).numpy(), policy.P, policy.min_exit)
-        left += np.bincount(early.exit, minlength=7)
-    assert (left > 20).all()                                         # every exit was used, so the claim is not empty
+        assert torch.allclose(whole.score.float(), early.score, atol=1e-4)
+        left[n % 7 if n % 8 < 7 else 7] += np.bincount(early.exit, minlength=7)
+    assert (left.sum(0) > 20).all() and ((left > 0).sum(1) >= 3).all()  # every exit was used, by each policy at least three
 
 
-@pytest.mark.parametrize("name", ["vgg-like", "all-conv", "perceptron"])
-def test_leaving_early_from_a_sequential(name):
+@pytest.mark.parametrize("name", ["vgg-like", "all-conv", "perceptron", "vgg"])
+def test_leaving_early_from_a_chain(name):
     mx = tiny(name)
     x = torch.rand(64, 3, 16, 16, generator=seeded(0))
     with torch.no_grad(): logits = mx(x)
@@ -319,3 +485,167 @@ def test_metrics_equal_scikit_learn_and_hand_sums():
         assert np.isclose(efficacy(torch.tensor(exit), torch.tensor(cost)), auc([0, *cost], [0, *done]))
         assert np.isclose(expected_cost(torch.tensor(exit), torch.tensor(cost)), cost[exit].mean())
         assert np.allclose(exit_histogram(torch.tensor(exit), M).cumsum(0), done)
+
+
+def timm_net(name, **options):
+    return pytest.importorskip("timm").create_model(name, num_classes=6, **options)
+
+
+def slim(vgg):
+    """Its linear layers with 32 units instead of 4,096, to be quick."""
+    for i, sizes in ((0, (25088, 32)), (3, (32, 32)), (6, (32, 6))): vgg.classifier[i] = nn.Linear(*sizes)
+    return vgg
+
+
+FOREIGN = {  # maker, side of the images, blocks, shapes at the first and the last exit
+    "timm resnet18": (lambda: timm_net("resnet18"), 64, 8, (64, 16, 16), (512, 2, 2)),
+    "timm vit_tiny": (lambda: timm_net("vit_tiny_patch16_224", img_size=64), 64, 12, (17, 192), (17, 192)),
+    "timm mobilenetv3": (lambda: timm_net("mobilenetv3_small_050"), 64, 12, (16, 8, 8), (1024, 1, 1)),
+    "resnet18": (lambda: torchvision.models.resnet18(num_classes=6), 64, 8, (64, 16, 16), (512, 2, 2)),
+    "mobilenet_v3_small": (lambda: torchvision.models.mobilenet_v3_small(num_classes=6), 64, 13, (16, 16, 16), (1024,)),
+    "vgg11_bn": (lambda: slim(torchvision.models.vgg11_bn(num_classes=6, init_weights=False)), 32, 10, (64, 16, 16), (32,)),
+    "swin_t": (lambda: torchvision.models.swin_t(num_classes=6), 64, 15, (16, 16, 96), (2, 2, 768)),
+    "densenet121": (lambda: torchvision.models.densenet121(num_classes=6), 32, 7, (256, 8, 8), (1024, 1, 1)),
+    "wrapped resnet18": (lambda: nn.Sequential(Normalize([.5]*3, [.2]*3), torchvision.models.resnet18(num_classes=6)), 64, 8,
+                         (64, 16, 16), (512, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_other_peoples_networks_without_special_code(name):
+    make, side, L, first, last = FOREIGN[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = make()
+        for m in net.modules():                                       # running statistics that are not 0 and 1
+            if isinstance(m, nn.BatchNorm2d): m.running_mean.normal_(0, .05), m.running_var.uniform_(.5, 1.5)
+    before, x = deepcopy(net.state_dict()), torch.rand(5, 3, side, side, generator=seeded(1))
+    mx = MultiExitNet.from_vanilla(net, pool="mixed", input_shape=(3, side, side))
+    assert net.training and same_state(net.state_dict(), before) and isinstance(mx.backbone, Cut)
+    net.eval()
+    assert mx.M == L + 1 and mx.heads[0].shape == first and mx.heads[-1].shape == last
+    with torch.no_grad(): logits, plain = mx(x), net(x)
+    assert torch.equal(logits[-1], plain) and torch.equal(mx.vanilla(x), plain) and logits.shape == (L + 1, 5, 6)
+    assert torch.equal(mx.classify(mx.features(x)), logits[:-1])
+    cost = mx.exit_cost()
+    assert len(cost) == L + 1 and (cost.diff() >= 0).all() and cost[0] > 0 and cost[-1] == 1
+    back, again = mx.to_vanilla(), deepcopy(mx)
+    assert type(back) is type(net) and same_state(back.state_dict(), before) and torch.equal(again(x), logits)
+    T = logits[0].softmax(-1).amax(-1).sort().values[2:4].mean().item()                # some leave at exit 0
+    for policy in (ConfidencePolicy(T), PatiencePolicy(1), FixedPolicy(L // 2)):
+        whole, early = policy(logits), run_early_exit(mx, x, policy)
+        assert torch.equal(whole.exit, early.exit) and torch.equal(whole.pred, early.pred)
+    assert 0 < (ConfidencePolicy(T)(logits).exit == 0).sum() < 5
+
+
+def test_a_cut_shares_weights_and_survives_copies(tmp_path):
+    net = torchvision.models.resnet18(num_classes=4).eval()
+    c, x = cut(net, ["layer1", "layer3"], (3, 32, 32)), torch.rand(2, 3, 32, 32, generator=seeded(0))
+    def parts(c):
+        stem, blocks, head = c.stages()
+        z = stem(x)
+        for b in blocks: z = b(z)
+        return head(z)
+    with torch.no_grad():
+        net.fc.bias += 1
+        net.layer2[0].bn1.running_mean += .1
+        assert torch.equal(parts(c), net(x))                          # trained on, the cut follows
+        torch.save(c, tmp_path / "cut.pt")
+        loaded = torch.load(tmp_path / "cut.pt", weights_only=False)
+        copied = deepcopy(c).double()
+        assert torch.equal(parts(loaded), net(x)) and copied.net.fc.weight is not net.fc.weight
+        stem, blocks, head = copied.stages()
+        assert head(blocks[1](blocks[0](stem(x.double())))).dtype == torch.float64
+        mx = MultiExitNet.from_vanilla(c, input_shape=(3, 32, 32))
+        assert mx.M == 3 and type(mx.to_vanilla()) is type(net) and torch.equal(mx.vanilla(x), net(x))
+
+
+def test_a_buffer_read_by_foreign_code_follows_the_network():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.tensor(2.))
+            self.shift = nn.Parameter(torch.tensor(1.))
+            self.a, self.b, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 3)
+
+        def forward(self, x): return self.fc((self.b(self.a(x*self.scale) + self.shift)*self.scale).mean((2, 3)))
+
+    net, x = Scaled().eval(), torch.rand(2, 3, 9, 9, generator=seeded(0))
+    mx = MultiExitNet.from_vanilla(net, input_shape=(3, 9, 9))
+    state = {k: v + 1 for k, v in net.state_dict().items()}
+    mx.double().float()                                               # moving replaces buffers
+    mx.backbone.net.load_state_dict(state)
+    net.load_state_dict(state)
+    assert mx.M == 3 and torch.equal(mx(x)[-1], net(x))
+
+
+def noise(n=40):
+    return DictData(image=torch.rand(n, 3, 16, 16, generator=seeded(8)), label=torch.arange(n) % 5)
+
+
+def test_exits_train_on_data_and_on_loaders_alike():
+    nets = [MultiExitNet.from_vanilla(NETS["resnet"][0](), input_shape=(3, 16, 16)) for _ in range(4)]
+    items = [noise()[i] for i in range(40)]                           # somebody's own data set of dicts
+    options = dict(epochs=3, seed=5, device="cpu")
+    train_exits(nets[0], noise(), size=8, **options)
+    train_exits(nets[1], DataLoader(items, 8), **options)
+    train_exits(nets[2], batches(noise(), 8), **options)
+    train_exits(nets[3], DataLoader(items, 8, shuffle=True), cache_features=False, **options)
+    assert all(same_state(nets[0].state_dict(), mx.state_dict()) for mx in nets[1:3])
+    pairs = zip(nets[0].state_dict().values(), nets[3].state_dict().values())
+    assert all(torch.allclose(a.float(), b.float(), atol=1e-3) for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", ["resnet", "mobilenet", "vgg"])
+def test_norms_drift_when_tracked_and_only_then(name):
+    frozen, tracked = (MultiExitNet.from_vanilla(NETS[name][0](), input_shape=(3, 16, 16)) for _ in range(2))
+    before = deepcopy(frozen.backbone.state_dict())
+    train_exits(frozen, noise(), 2, size=8, device="cpu")
+    train_exits(tracked, noise(), 2, bn="track", size=8, device="cpu")
+    weights, buffers = dict(tracked.backbone.named_parameters()), dict(tracked.backbone.named_buffers())
+    assert same_state(frozen.backbone.state_dict(), before)
+    assert all(torch.equal(w, before[k]) for k, w in weights.items())
+    assert any(not torch.equal(b, before[k]) for k, b in buffers.items())
+    assert tracked.frozen and not tracked.train().backbone.training    # after the fit nothing drifts any more
+
+
+def test_train_exits_takes_another_fit():
+    seen = []
+    def fit(mx, data, epochs, lr, **more):
+        seen.append((data, epochs, lr, more))
+        return mx
+    mx = tiny("resnet")
+    assert train_exits(mx, "data", 2, .1, fit=fit, size=3) is mx
+    assert seen == [("data", 2, .1, dict(bn="frozen", cache_features=True, size=3))]
+
+
+def test_calibration_on_a_loader_equals_stored_logits():
+    mx, data = tiny("resnet"), noise()
+    stored = stored_logits(mx, data)
+    assert torch.equal(stored[1], data.tensors["label"]) and torch.allclose(stored[0], mx(data.tensors["image"]), atol=1e-4)
+    by_loader = calibrate(ConfidencePolicy(.5), mx, batches(data, 7, shuffle=False), target_cost=.8)
+    assert by_loader == calibrate(ConfidencePolicy(.5), mx, data, target_cost=.8) \
+        == calibrate(ConfidencePolicy(.5), mx.exit_cost(), stored, target_cost=.8)
+
+
+PROGRAMS = [("resnet", "pt2"), ("vgg", "pt2"), ("mobilenet_v3_small", "pt2"), ("timm vit_tiny", "pt2"), ("resnet", "onnx")]
+
+
+@pytest.mark.parametrize("name,format", PROGRAMS)
+def test_exported_stages_decide_as_the_network(name, format, tmp_path):
+    if format == "onnx":
+        for package in ("onnx", "onnxscript", "onnxruntime"): pytest.importorskip(package)
+    if name in NETS: mx, side = tiny(name), 16
+    else:
+        make, side = FOREIGN[name][:2]
+        mx = MultiExitNet.from_vanilla(init_weights(make(), seeded(0)), [1, 4], "mixed", (3, side, side), seeded(1)).eval()
+    programs = load_stages(export_stages(mx, tmp_path / "stages", format=format).parent)
+    rng = np.random.default_rng(0)
+    for n, B in enumerate([1, 7, 16, 3, 12, 5, 1]):
+        x = torch.rand(B, 3, side, side, generator=seeded(n)) ** rng.uniform(.3, 4)
+        with torch.no_grad(): logits = mx(x)
+        policy = some_policy(n, rng, logits, torch.arange(B) % 5) if n else ConfidencePolicy(logits[0].softmax(-1).amax().item() - .01)
+        early, outside = run_early_exit(mx, x, policy), programs.run(x, policy)
+        assert torch.equal(early.exit, outside.exit) and torch.equal(early.pred, outside.pred), policy
+        assert torch.allclose(programs(x), logits, rtol=1e-3, atol=1e-3)
+    assert programs.manifest["cost"] == mx.exit_cost().tolist()
