@@ -174,10 +174,10 @@ def check_dashboard(page, run):
     page.locator(".js-plotly-plot .xtitle", has_text="repetitions P").wait_for()
     titles = dict(zip(VIEWS, ("Accuracy, clean", "How far the trigger moves", "Attack success of each output alone", "AUROC, triggered", "not been scanned", "Confusion of all exits")))
     for view in (*VIEWS[1:], VIEWS[0]):                                          # there and back again on the one figure
-        page.locator(".view button", has_text=view).click()
+        page.get_by_role("button", name=view, exact=True).click()
         page.locator(".js-plotly-plot .annotation-text", has_text=titles[view]).first.wait_for()
         assert page.locator(".trouble").count() == 0
-    page.locator(".view button", has_text="One image").click()
+    page.get_by_role("button", name="One image", exact=True).click()
     page.wait_for_function("[...document.querySelectorAll('.widget-image')].filter(i => i.naturalWidth > 200).length === 2")
     before = page.locator(".widget-image").first.get_attribute("src")
     page.locator(".trigger input").click()
@@ -190,7 +190,7 @@ def test_voila_serves_the_dashboard(page, finished, tmp_path):
     command = [sys.executable, "-m", "voila", str(ROOT / "nbs" / "dashboards"), "--no-browser", f"--port={port}"]
     with serving(command, tmp_path, f"http://127.0.0.1:{port}/", VISIONBENCH_RUN=str(finished.path)):
         page.goto(f"http://127.0.0.1:{port}/")
-        assert page.locator("a", has_text="backdoor.ipynb").count() == 1         # the gallery
+        page.get_by_text("backdoor.ipynb").first.wait_for()                      # the gallery
         page.goto(f"http://127.0.0.1:{port}/voila/render/backdoor.ipynb")
         check_dashboard(page, finished)
         assert page.get_by_text("Threat simulation").count() == 1 and not page.get_by_text("skip_exec").first.is_visible()

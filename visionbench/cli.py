@@ -6,7 +6,7 @@
 __all__ = ['SYSTEMS', 'OWN_OPTION', 'app', 'AsJson', 'Preset', 'Seed', 'Settings', 'Data', 'Out', 'Device', 'Fresh', 'Runs',
            'chapter', 'literal', 'read_settings', 'configure', 'check_data', 'check_device', 'exit_status', 'complain',
            'Commands', 'top', 'to_json', 'list_systems', 'run', 'train', 'summary', 'print_claims', 'claims', 'show',
-           'dash', 'data_cards', 'data', 'docs', 'doctor', 'main']
+           'dash', 'data_cards', 'data', 'docs', 'audit', 'doctor', 'main']
 
 # %% ../nbs/cli.ipynb #04fcc849
 import ast
@@ -298,6 +298,18 @@ def docs(out: Annotated[str, typer.Option(help="Also copy the site to this folde
     site = build(force=force)
     if out: site = Path(shutil.copytree(site, out, dirs_exist_ok=True))
     print(site.resolve() / "index.html")
+
+# %% ../nbs/cli.ipynb #c90a7fd1
+@app.command()
+def audit(checkpoint: Annotated[Path, typer.Argument(help="Weights of a vanilla network.")], arch: Annotated[str, typer.Option(help="resnet56, torchvision:NAME, timm:NAME, …")],
+          data: Annotated[str, typer.Option(help="Clean images: class folders, an .npz file, or the folder of --dataset.")] = "", dataset: str = "", size: int = 32,
+          null: Annotated[list[Path] | None, typer.Option(help="Weights of a clean network; repeat, three or more.")] = None,
+          exit_: Annotated[list[int] | None, typer.Option("--exit", help="Block to scan; repeat.")] = None, mean: list[float] | None = None, std: list[float] | None = None,
+          seed: Seed = 0, out: Annotated[str, typer.Option(help="Page to write.")] = "audit.html", device: Device = "auto"):
+    "Would converting a vanilla checkpoint to early exits wake something? Writes an HTML report and prints its path."
+    from visionbench.systems.backdoor.checkup import audit_checkpoint
+    try: print(audit_checkpoint(checkpoint, data, arch, out, null or (), dataset, size, mean or None, std or None, exits=exit_ or None, seed=seed, device=device))
+    except (ValueError, TypeError, OSError, ImportError) as error: raise ConfigError(f"audit: {error}") from error
 
 # %% ../nbs/cli.ipynb #ce215250
 @app.command()

@@ -111,7 +111,17 @@ def test_files(tmp_path):
 def test_weights_and_names_that_do_not_fit():
     with says("the weights do not fit resnet14"): build_network("resnet14", NET.state_dict(), 16)
     with says("arch 'resnext' is unknown"): build_network("resnext", NET.state_dict(), 16)
-    with says("no convolution or no linear layer"): build_network("resnet8", {"a": torch.zeros(3)}, 16)
+    with says("the weights do not fit resnet8: no stem.1.weight among ['a']"): build_network("resnet8", {"a": torch.zeros(3)}, 16)
+
+
+@pytest.mark.parametrize("name,kind,size", [("vgg16_bn", "vgg16_bn_cifar", 32), ("mobilenet_v1", "mobilenet_v1_cifar", 32), ("resnet8", "cifar_resnet", 64)])
+def test_sizes_are_read_off_the_weights(name, kind, size):
+    from visionbench.nn import mobilenet, resnet, vgg
+    make = next(getattr(m, kind) for m in (mobilenet, resnet, vgg) if hasattr(m, kind))
+    net = (make(8, 7, 1, 4, [.4], [.2], stem_stride=2) if kind == "cifar_resnet" else make(7, 1, .125, size, [.4], [.2])).eval()
+    shuffled = dict(sorted(net.state_dict().items()))
+    x = torch.rand(2, 1, size, size)
+    with torch.no_grad(): assert torch.equal(build_network(name, shuffled, size)(x), net(x))
 
 
 def test_audit_of_an_npz_file_end_to_end(tmp_path):
@@ -121,3 +131,19 @@ def test_audit_of_an_npz_file_end_to_end(tmp_path):
     page = audit_checkpoint(tmp_path / "net.pt", tmp_path / "images.npz", "resnet8", tmp_path / "page.html", [tmp_path / "net.pt"] * 3, size=16, **LIGHT)
     text = page.read_text(encoding="utf-8")
     assert page == tmp_path / "page.html" and "<b>inconclusive</b>" in text and "3 clean networks" in text and str(tmp_path) not in text
+
+
+def test_command_line(tmp_path):
+    import numpy as np
+    from typer.testing import CliRunner
+
+    from visionbench.cli import app
+    call = lambda *words: CliRunner().invoke(app, ["audit", *map(str, words)])
+    np.savez(tmp_path / "images.npz", image=X.numpy(), label=Y.numpy())
+    torch.save(NET.state_dict(), tmp_path / "net.pt")
+    for words, text in (((tmp_path / "none.pt", "--arch", "resnet8"), "no checkpoint at"), ((tmp_path / "net.pt", "--arch", "resnext"), "arch 'resnext' is unknown"),
+                        ((tmp_path / "net.pt", "--arch", "resnet8", "--data", tmp_path / "none"), "no folder or .npz file"),
+                        ((tmp_path / "net.pt", "--arch", "resnet8", "--data", tmp_path / "images.npz", "--exit", 7), "exits=[7]"),
+                        ((tmp_path / "net.pt", "--arch", "no.such:net"), "No module named")):
+        done = call(*words)
+        assert done.exit_code == 2 and text in done.stderr and "Traceback" not in done.stderr, done.output

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PREFIXES', 'OWN', 'ENDINGS', 'unwrapped', 'read_weights', 'described', 'read_pickle', 'own_network',
-           'foreign_network', 'build_network', 'read_class_folders', 'read_data', 'audit_checkpoint']
+           'foreign_network', 'sizes', 'build_network', 'read_class_folders', 'read_data', 'audit_checkpoint']
 
 # %% ../../../nbs/systems/backdoor/checkup.ipynb #429bcf20
 import importlib
@@ -71,7 +71,7 @@ def read_pickle(path: Path) -> dict:
     if isinstance(found, dict): return found
     raise ValueError(f"{path.name} holds a {type(found).__name__}, expected a state dict.")
 
-# %% ../../../nbs/systems/backdoor/checkup.ipynb #188f39fc
+# %% ../../../nbs/systems/backdoor/checkup.ipynb #846cc5c8
 OWN = {"resnet": "resnetN with N = 6n+2", "vgg16_bn": "vgg16_bn", "mobilenet_v1": "mobilenet_v1"}
 
 
@@ -93,6 +93,14 @@ def foreign_network(name: str, K: int, chans: int) -> nn.Module:
     return getattr(importlib.import_module(library), which)()
 
 
+def sizes(template: nn.Module, weights: dict, name: str) -> tuple[tuple, int]:
+    "Shape of the first convolution and number of classes, found under the names that `template` has; files may be in any order."
+    ranks = {k: v.ndim for k, v in template.state_dict().items()}
+    first, last = next((k for k, n in ranks.items() if n == 4), None), next((k for k, n in reversed(ranks.items()) if n == 2), None)
+    if first not in weights or last not in weights: raise ValueError(f"the weights do not fit {name}: no {first if first not in weights else last} among {sorted(weights)[:4]} …")
+    return tuple(weights[first].shape), len(weights[last])
+
+
 def build_network(
     name: str,  # e.g. resnet56, torchvision:mobilenet_v3_small
     weights: dict[str, Tensor],  # its state dict
@@ -101,13 +109,12 @@ def build_network(
     std: Sequence[float] | None = None,  # per channel
 ) -> nn.Module:  # takes images in [0,1]; evaluation mode
     "The network with its weights; raises `ValueError` when they do not fit."
-    first = next((tuple(v.shape) for v in weights.values() if v.ndim == 4), None)
-    last = [len(v) for v in weights.values() if v.ndim == 2][-1:]
-    if first is None or not last: raise ValueError("the weights have no convolution or no linear layer: this is no image classifier that can be built from a name.")
+    template = own_network(name, (64, 3), 10, size, None, None) or foreign_network(name, 10, 3)
+    first, K = sizes(template, weights, name)
     inside = next((k for k in weights if k.endswith(".mean") and weights[k].ndim == 3), None)
     if inside: mean, std = weights[inside].flatten().tolist(), weights[inside[:-4] + "std"].flatten().tolist()
-    own = own_network(name, first, last[0], size, mean, std)
-    net = own if own is not None else foreign_network(name, last[0], first[1])
+    own = own_network(name, first, K, size, mean, std)
+    net = own if own is not None else foreign_network(name, K, first[1])
     norms = {k: v for k, v in net.state_dict().items() if k.endswith((".mean", ".std")) and own is not None}
     try: net.load_state_dict(norms | weights)
     except RuntimeError as e: raise ValueError(f"the weights do not fit {name}: {' '.join(str(e).split())[:300]}") from e
@@ -152,7 +159,7 @@ def read_data(
     x = x[at] if x.shape[1] == chans else x[at].float().mean(1, keepdim=True).to(x.dtype).expand(-1, chans, -1, -1)
     return x, y[at]
 
-# %% ../../../nbs/systems/backdoor/checkup.ipynb #5d44bad8
+# %% ../../../nbs/systems/backdoor/checkup.ipynb #c02d9c29
 def audit_checkpoint(
     path: str | Path,  # weights to audit
     data: str | Path,  # clean labelled images; see `read_data`
@@ -168,9 +175,8 @@ def audit_checkpoint(
 ) -> Path:  # of the page
     "Scan a file of weights and write the report; raises `FileNotFoundError` or `ValueError` saying what does not fit."
     weights, line = read_weights(path)
-    chans = next((v.shape[1] for v in weights.values() if v.ndim == 4), 3)
+    net, *others = [build_network(arch, w, size, mean, std) for w in (weights, *(read_weights(p)[0] for p in null))]
+    chans = next(m.in_channels for m in net.modules() if isinstance(m, nn.Conv2d))
     x, y = read_data(data, dataset, size, images, chans, scan.get("seed", 0))
-    net = build_network(arch, weights, x.shape[-1], mean, std)
-    others = [build_network(arch, read_weights(p)[0], x.shape[-1], mean, std) for p in null]
     report = ExitScan(null=others, **scan).run(net, x, y)
     return write_report(report, out, f"{line}; architecture {arch}; images from {dataset or Path(data).name}", x[0])

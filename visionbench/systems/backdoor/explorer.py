@@ -83,7 +83,7 @@ class Material:
         return (f"<p><b>{escape(self.run.path.name)}</b>: {net} on {escape(c.dataset)}, {c.image_size} pixels, seed {c.seed}. "
                 f"<span class='warning'>Threat simulation: {escape(repr(self.trigger))}, target class {self.target}. For testing audits, not for use.</span></p>")
 
-# %% ../../../nbs/systems/backdoor/explorer.ipynb #77b0bab1
+# %% ../../../nbs/systems/backdoor/explorer.ipynb #8168a452
 VIEWS = ("Policies", "One image", "Exits", "Defences", "ExitScan", "Monitors")
 
 
@@ -94,18 +94,20 @@ class BackdoorExplorer:
         scan: ExitScanReport | ScanCard | None = None,  # a scan to show; None: the one in the run's folder
     ):
         self.material = m = Material(run if isinstance(run, Run) else Run.open(run), scan)
-        M, N, side = len(m.cost), len(m.cached(m.victims[0][1])[m.victims[0][0]].logits.label), m.config.image_size
-        first, *_ = m.trigger.window((side, side))
+        label, side = m.cached(m.victims[0][1])[m.victims[0][0]].logits.label, m.config.image_size
+        M, N, first = len(m.cost), len(label), m.trigger.window((side, side))[0]
         self.net = choice("net", "network", [(f"{n}, victim {v}", (n, v)) for n, v in m.victims])
         self.policy = choice("policy", "policy", list(RULES))
-        self.knob, self.start = steps("knob", RULES["confidence"].knob, self.values, RULES["confidence"].start), whole("min-exit", "first exit", 0, M - 1, 0)
-        self.image = whole("image", "test image", 0, N - 1, next(iter(m.cached(0)["clean"].logits.label.ne(m.target).nonzero()), torch.tensor(0)).item())
+        rule = RULES[self.policy.value]
+        self.knob, self.start = steps("knob", rule.knob, self.values, rule.start), whole("min-exit", "first exit", 0, M - 1, 0)
+        other = int(label.ne(m.target).int().argmax())  # first image not of the target class
+        self.image = whole("image", "test image", 0, N - 1, other)
         self.trigger = named(widgets.Checkbox(True), "trigger", "trigger on")
         self.size = steps("size", "size (pixels)", range(1, side + 1, 2), (m.trigger.size - 1) // 2)
         self.row, self.column = whole("row", "row", 0, side - 1, first.start), whole("column", "column", 0, side - 1, first.start)
         self.opacity = steps("opacity", "opacity", [round(.05 * k, 2) for k in range(21)], 20)
         self.number = named(widgets.Dropdown(options=[(v, k) for k, v in NUMBERS.items()]), "number", "number", "380px")
-        self.exit = choice("exit", "exit", [("all exits", None), *((f"exit {i}", i) for i in range(M - 1))])
+        self.exit = choice("exit", "exit", [("all exits", -1), *((f"exit {i}", i) for i in range(M - 1))])
         self.blend = named(widgets.Button(), "compute-strip", "Compute STRIP", "160px")
         self.policy.observe(self.change_policy, names="value")
         self.blend.on_click(self.compute_strip)
@@ -141,9 +143,11 @@ class BackdoorExplorer:
         net, victim = self.net.value
         m, at = self.material, self.image.value
         rule, cached, image = RULES[self.policy.value], self.material.cached(victim)[net], self.material.image(at)
-        altered = stamp(image, type(m.trigger), self.size.value, self.row.value, self.column.value, self.opacity.value) if self.trigger.value else image
+        place = self.size.value, self.row.value, self.column.value, self.opacity.value
+        altered = stamp(image, type(m.trigger), *place) if self.trigger.value else image
         policy = rule.policy(self.knob.value, self.start.value)
-        going = walk(getattr(m.nets(victim), net), image, altered, policy.fit(cached.logits.clean) if rule.fitted else policy)
+        policy = policy.fit(cached.logits.clean) if rule.fitted else policy
+        going = walk(getattr(m.nets(victim), net), image, altered, policy)
         label = int(m.images.label[at])
         said = f"Test image {at}, class “{m.images.classes[label]}”; the target class is “{m.images.classes[m.target]}”."
         return dict(board=walk_board(going, label, m.target, m.images.classes), images=walk_images(going), text=said)
@@ -171,7 +175,8 @@ class BackdoorExplorer:
         "View 6."
         net, victim = self.net.value
         m = self.material
-        return dict(board=monitor_board(m.cached(victim)[net], m.losses, self.exit.value, m.strips.get((net, victim))))
+        exit = None if self.exit.value < 0 else self.exit.value
+        return dict(board=monitor_board(m.cached(victim)[net], m.losses, exit, m.strips.get((net, victim))))
 
     def compute_strip(self, button=None):
         "Blend images, which takes some seconds, and draw again."

@@ -28,7 +28,7 @@ from ...train.checkpoint import CheckpointError, newest_checkpoint
 from ...train.exits import train_exits
 from ...view.style import axes, colours, legend
 
-# %% ../../../nbs/systems/backdoor/power.ipynb #ddea249a
+# %% ../../../nbs/systems/backdoor/power.ipynb #d7c322ca
 class Subject(NamedTuple):
     "A network of which we know whether it is clean."
     name: str  # for the table
@@ -43,14 +43,14 @@ def subjects_of(
     expected: str = "",  # of its simulated network
 ) -> list[Subject]:  # the clean twin and the simulated network
     "Networks of a run, before and after injection; raises `CheckpointError` when the run has none."
-    config, found = run.config if isinstance(run.config, BackdoorConfig) else BackdoorConfig(**run.config), []
+    config, found = BackdoorConfig(**{k: v for k, v in run.settings.items() if k in BackdoorConfig.fields()}), []
     for stage, kind in (("pretrain", "clean"), ("inject", "simulated")):
         checkpoint = newest_checkpoint(run.path / "checkpoints" / stage)
         if checkpoint is None: raise CheckpointError(f"no usable checkpoint of stage {stage} in {run.path}.")
         weights = unwrapped(checkpoint.tensors)
         net = build_network(f"resnet{config.depth}", weights, config.image_size)
         planted = (trigger_of(config), config.target, expected) if kind == "simulated" else ()
-        found.append(Subject(f"{kind} {config.name}", net, *planted))
+        found.append(Subject(f"{kind} {run.path.name}", net, *planted))
     return found
 
 

@@ -45,7 +45,7 @@ def plot_patch(
         axes(ax, "column (pixels)", "row (pixels)" if name == "pixels" else "", name, grid="")
     return figure
 
-# %% ../../../nbs/systems/backdoor/report.ipynb #1df06c3a
+# %% ../../../nbs/systems/backdoor/report.ipynb #73d61d6a
 CHECKLIST = (
     "Scan before converting. A dormant backdoor does not show in the vanilla output: its accuracy and its own scanners look normal.",
     "Scan against three or more clean networks of the same architecture; without them only large effects count.",
@@ -72,8 +72,8 @@ table{border-collapse:collapse;font-size:.9rem}th,td{padding:.25rem .6rem;border
 other classes' images that the exit then calls the class, while the vanilla output stays right.</figcaption></figure>
 <h2>The most suspicious patch</h2><figure><img alt="recovered patch" src="{{ picture }}"><figcaption>Exit {{ patch.exit }} answers class {{ patch.cls }} for {{ '%.0f' % (100 * patch.ef) }} % of the other
 classes' unseen images ({{ patch.method }}{% if known != 'free' %}: {{ known }}{% endif %}).</figcaption></figure>
-<h2>Among clean networks</h2><figure><img alt="rates of this network and of clean networks" src="{{ strip }}"><figcaption>{% if r.null %}Rank {{ r.rank }} of {{ r.null|length + 1 }} by the largest rate; 1 is the
-highest. The largest margin of one clean network over the others is {{ '%.2f' % chance }}.{% else %}No clean reference networks were given: only thresholds were applied.{% endif %}</figcaption></figure>
+<h2>Among clean networks</h2><figure><img alt="rates of this network and of clean networks" src="{{ strip }}"><figcaption>{% if r.rank %}Rank {{ r.rank }} of {{ r.null|length + 1 }} by the largest margin over
+the other clean networks; 1 is the highest. The largest margin of one clean network over the others is {{ '%.2f' % chance }}.{% else %}Fewer than two clean reference networks were given.{% endif %}</figcaption></figure>
 <h2>What was scanned</h2><table>{% for k, v in card.items() %}<tr><th>{{ k }}</th><td>{{ v }}</td></tr>{% endfor %}</table>
 <h2>All rates</h2><table><tr>{% for c in columns %}<th>{{ c }}</th>{% endfor %}</tr>{% for row in rows %}<tr>{% for v in row %}<td>{{ v }}</td>{% endfor %}</tr>{% endfor %}</table>
 <h2>Limits</h2><ul>{% for line in limits %}<li>{{ line }}</li>{% endfor %}</ul><p><small>Threat: Mind Your Heart: Stealthy Backdoor Attack on Dynamic Deep Neural Network

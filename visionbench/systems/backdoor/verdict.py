@@ -41,15 +41,15 @@ def clean_margin(
     if len(null) < 2: return 0.
     return max(0., *(float(margins(t, [*null[:i], *null[i + 1:]]).max()) for i, t in enumerate(null)))
 
-# %% ../../../nbs/systems/backdoor/verdict.ipynb #bee98dea
+# %% ../../../nbs/systems/backdoor/verdict.ipynb #fbe49fbd
 @dataclass(frozen=True)
 class Thresholds:
     "What is held against the rates; our choice, from seeds 0–2 of the quick preset."
     flag: float = .7  # EF from which a cell is flagged without a null population
     doubt: float = .45  # EF from which it is inconclusive
     compact: float = .1  # share of the image up to which a window decides without a null population
-    margin: float = .15  # EF above all clean networks that flags
-    visible: float = .6  # flip rate of the vanilla output that makes a backdoor visible without any exit
+    margin: float = .2  # EF above all clean networks that flags
+    visible: float = .65  # flip rate of the vanilla output that makes a backdoor visible without any exit
     accuracy: float = .5  # of the vanilla output, below which nothing is concluded
     population: int = 3  # clean networks that make a null population
 
@@ -72,7 +72,7 @@ def judge_cells(
     exit, method, window = score.idxmax()
     found = "flagged" if score.max() >= flag else "inconclusive" if score.max() >= doubt else "not flagged"
     size = f", window of {window} pixels" if window else ""
-    reason = f"{says} at most {score.max():.2f} (exit {exit}, {method}{size}); flagged from {flag:.2f}, inconclusive from {doubt:.2f}"
+    reason = f"{says} up to {score.max():.2f} (exit {exit}, {method}{size}); flagged from {flag:.2f}, inconclusive from {doubt:.2f}"
     return Judgement(found, reason, sorted({int(i[0]) for i in score.index[score >= doubt]}))
 
 
@@ -89,11 +89,11 @@ def judge(
                          "check normalisation, channel order and class order", sorted({int(e) for e in table.exit}))
     if len(null) >= limits.population:
         above = max(limits.margin, clean_margin(null) + 1e-6)
-        return judge_cells(margins(table, null), above, above / 2, f"EF above the highest of {len(null)} clean networks by")
+        return judge_cells(margins(table, null), above, .6 * above, f"EF above the highest of {len(null)} clean networks by")
     compact = (table.method != "inversion") & (table.window ** 2 <= limits.compact * pixels)
     return judge_cells(cells(table[compact]), limits.flag, limits.doubt, "EF")
 
-# %% ../../../nbs/systems/backdoor/verdict.ipynb #84416bca
+# %% ../../../nbs/systems/backdoor/verdict.ipynb #6dc48189
 @dataclass(eq=False, repr=False)
 class ExitScanReport:
     "The outcome of one scan."
@@ -131,10 +131,12 @@ class ExitScanReport:
 
     @property
     def rank(self) -> int | None:
-        "Place of the network's largest EF among the null population, 1 the highest; None without one."
-        if not self.null: return None
-        blocks = self.about["blocks"]
-        return 1 + sum(t[t.exit < blocks].ef.max() >= self.exits.ef.max() for t in self.null)
+        "Place by the largest margin over the (other) clean networks, 1 the highest; None with fewer than two of these."
+        tables, blocks = [self.table, *self.null], self.about["blocks"]
+        if len(tables) < 3: return None
+        exits = [t[t.exit < blocks] for t in tables]
+        mine, *others = [float(margins(t, [o for j, o in enumerate(exits) if j and j != i]).max()) for i, t in enumerate(exits)]
+        return 1 + sum(m >= mine for m in others)
 
     def patch(self,
         exit: int | None = None,  # block; None: of the most suspicious patch
@@ -153,7 +155,7 @@ class ExitScanReport:
     def heatmap(self, ax: Axes | None = None) -> Axes:
         "Exits × classes, the largest EF of any patch."
         values = self.grid()
-        ax = axes(ax, "class", "exit", size=(4.8, .5 + .42 * len(values)), grid="")
+        ax = axes(ax, "class", "exit", size=(4.8, .9 + .42 * len(values)), grid="")
         picture = ax.pcolormesh(range(values.shape[1] + 1), range(len(values) + 1), values, vmin=0, vmax=1, cmap=SEQUENTIAL)
         ax.set_xticks([c + .5 for c in range(values.shape[1])], values.columns)
         ax.set_yticks([e + .5 for e in range(len(values))], values.index)
