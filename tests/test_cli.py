@@ -37,7 +37,7 @@ def toy(tmp_path, monkeypatch):
 def test_list_json_has_the_agreed_fields():
     rows = json.loads(call("list", "--json").stdout)
     assert [set(r) for r in rows] == [{"system", "title", "presets", "description"}] * len(cli.SYSTEMS)
-    assert [r["system"] for r in rows] == list(cli.SYSTEMS) and rows[0]["presets"] == ["quick", "small", "paper"]
+    assert [r["system"] for r in rows] == list(cli.SYSTEMS) and rows[0]["presets"] == ["quick", "small", "paper", "released"]
     assert all(r["title"] and r["description"] for r in rows)
 
 
