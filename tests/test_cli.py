@@ -52,7 +52,7 @@ def test_module_and_program_are_the_same_and_list_is_fast():
 
 @pytest.mark.parametrize(("words", "hint"), [
     (["run", "backdor"], "unknown system 'backdor'. Did you mean 'backdoor'?"),
-    (["run", "backdoor", "--preset", "quik"], "unknown preset 'quik'. Did you mean 'quick'? Known: paper, quick, small."),
+    (["run", "backdoor", "--preset", "quik"], "unknown preset 'quik'. Did you mean 'quick'? Known: paper, quick, released, small."),
     (["run", "backdoor", "--set", "poisonrate=.1"], "unknown backdoor setting 'poisonrate'. Did you mean 'poison_rate'? Known: "),
     (["run", "backdoor", "--set", "poison_rate=10"], "poison_rate = 10.0 is outside 0 … 1 fraction."),
     (["run", "backdoor", "--set", "poison_rate=much"], "poison_rate = 'much' is str, expected float (fraction)."),
