@@ -24,7 +24,10 @@ from visionbench.train.checkpoint import digest
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = ["system", "name", "source", "statement", "published", "measured", "sd", "seeds", "holds"]
 SMALL_SCALE = [c.name for c in CLAIMS if c.name.split("_")[0] not in PUBLISHED]
-STAGES = ["pretrain", "attacker-exits", "inject", "victim-0-clean", "evaluate", "victim-0-simulated"]
+TRAINED = ["pretrain", "attacker-exits", "inject", "victim-0-clean", "victim-0-simulated"]
+STAGES = [*TRAINED, "evaluate", "defence"]
+THOROUGH = ["scan_finds", "scan_above_clean", "unlearning_works", "unlearning_costs", "gentle_tuning_fails"]  # need checks="all"
+ELSEWHERE = [*THOROUGH, "published_rate_is_weak"]  # the quick run cannot tell
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +46,7 @@ def test_quick_is_the_settings_the_bounds_were_measured_with(quick):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in SMALL_SCALE if n != "quick_time"])
+@pytest.mark.parametrize("name", [n for n in SMALL_SCALE if n not in ("quick_time", *ELSEWHERE)])
 def test_claim_holds(quick, name):
     (record,) = [c for c in quick.claims if c["name"] == name]
     assert record["holds"] is True and math.isfinite(record["measured"]), json.dumps(record, indent=1, ensure_ascii=False)
@@ -57,7 +60,7 @@ def test_time_is_measured(quick):
 
 @pytest.mark.slow
 def test_records_have_exactly_the_fixed_keys(quick):
-    assert [c["name"] for c in quick.claims] == [c.name for c in CLAIMS] and len({c.name for c in CLAIMS}) == len(CLAIMS) == 20
+    assert [c["name"] for c in quick.claims] == [c.name for c in CLAIMS] and len({c.name for c in CLAIMS}) == len(CLAIMS) == 28
     for record, claim in zip(quick.claims, CLAIMS):
         assert list(record) == FIELDS and record["system"] == "backdoor" and record["source"] and record["statement"] == claim.statement
         assert record["holds"] in (True, False, None) and record["sd"] is None and record["seeds"] == ([] if record["holds"] is None else [0])
@@ -65,6 +68,7 @@ def test_records_have_exactly_the_fixed_keys(quick):
 
 @pytest.mark.slow
 def test_published_scale_is_not_tested_by_the_quick_run(quick):
+    assert all(c["holds"] is None for c in quick.claims if c["name"] in ELSEWHERE) and set(ELSEWHERE) < set(SMALL_SCALE)
     published = [c for c in quick.claims if c["name"] not in SMALL_SCALE]
     assert len(published) == 3 * len(PUBLISHED) == 9 and all(c["published"] for c in published)
     assert all(c["holds"] is None and c["measured"] is None and c["sd"] is None and c["seeds"] == [] for c in published)
@@ -118,7 +122,7 @@ def test_the_folder_has_all_parts(quick):
     assert quick.state == "done" and quick.status["notebook"] == "done" and quick.status["reason"] == ""
     for name in ("settings.json", "environment.json", "metrics.parquet", "claims.json", "status.json", "run.ipynb"):
         assert (quick.path / name).stat().st_size > 50, name
-    assert sorted(p.name for p in (quick.path / "checkpoints").iterdir()) == sorted(s for s in STAGES if s != "evaluate")
+    assert sorted(p.name for p in (quick.path / "checkpoints").iterdir()) == sorted(TRAINED)
     assert len([*(quick.path / "figures").iterdir()]) >= 1 and not (quick.path / "error.txt").exists()
     assert quick.checkpoint.name.startswith("simulated-backdoor-")
     metrics = quick.metrics
@@ -145,7 +149,7 @@ def test_a_dry_run_at_the_published_scale(tmp_path, name):
     K = dict(gtsrb=43, tiny_imagenet=200).get(name, 10)
     assert run.state == "done" and run.settings["preset"] == "paper" and (config.depth, config.poison_rate, config.trigger_size) == (6 * (M - 1) // 3 + 2, .01, 7)
     assert {*run.metrics.stage} == {*STAGES} and run.metrics.value.notna().all()
-    assert run.metrics[run.metrics.stage != "evaluate"].groupby("stage").step.max().to_dict() == {s: 1 for s in STAGES if s != "evaluate"}
+    assert run.metrics[run.metrics.stage.isin(TRAINED)].groupby("stage").step.max().to_dict() == {s: 1 for s in TRAINED}
     assert len(run.claims) == len(CLAIMS) and all(c["holds"] is None and c["measured"] is None for c in run.claims)
     logits = load_file(run.path / "logits-simulated-0.safetensors")
     assert logits["clean"].shape[::2] == (M, K) == logits["triggered"].shape[::2] and logits["clean"].isfinite().all()

@@ -19,12 +19,13 @@ from .report import write_report
 from .threat import poisoned
 from .trigger import trigger_of
 
-# %% ../../../nbs/systems/backdoor/checks.ipynb #f25ddbb5
+# %% ../../../nbs/systems/backdoor/checks.ipynb #777c37c6
 def bench_of(
     config: BackdoorConfig,  # names the preset's scale
+    train: ImageSet,  # clean images there are
 ) -> Bench:  # sizes, seeds and the exits' training
-    "The scale of the defences in a run."
-    return Bench(images=400, arriving=200, strip=Strip(n=50), epochs=config.victim_epochs, lr=config.victim_lr, device=config.device,
+    "The scale of the defences in a run; half of a tiny set is blended, half sets STRIP's threshold."
+    return Bench(images=400, arriving=200, strip=Strip(n=max(1, min(50, len(train) // 2))), epochs=config.victim_epochs, lr=config.victim_lr, device=config.device,
                  weight_decay=config.victim_weight_decay, threshold=config.threshold, seed=seed_of(config.seed, "defence") % 2 ** 31)
 
 
@@ -36,7 +37,7 @@ def log_rows(run: RunWriter, stage: str, rows: list[dict]):
 def run_monitors(config: BackdoorConfig, run: RunWriter, nets: dict, train: ImageSet, test: ImageSet):
     "STRIP at every output and exit confusion, on both networks."
     for name, mx in nets.items():
-        rows = runtime_rows(mx.eval(), train, test, trigger_of(config), config.target, bench_of(config))
+        rows = runtime_rows(mx.eval(), train, test, trigger_of(config), config.target, bench_of(config, train))
         log_rows(run, "defence", [dict(net=name, **r) for r in rows])
 
 
@@ -45,7 +46,7 @@ def run_defences(config: BackdoorConfig, run: RunWriter, nets: dict, train: Imag
     trigger = trigger_of(config)
     bad = poisoned(train, trigger, config.target, config.poison_rate, seed_of(config.seed, "inject")).tensors
     given = DictData(image=bad["image"], label=bad["label"]), bad["label_shallow"] != bad["label"]
-    table = defence_table(nets, train, test, trigger, config.target, bench_of(config), dict(simulated=given))
+    table = defence_table(nets, train, test, trigger, config.target, bench_of(config, train), dict(simulated=given))
     log_rows(run, "defence", table.to_dict("records"))
 
 
@@ -57,7 +58,7 @@ def run_scan(config: BackdoorConfig, run: RunWriter, nets: dict, train: ImageSet
                                                                 for r in report.exits.to_dict("records")])
     write_scan(run.path, reports["simulated"])
     write_report(reports["simulated"], run.path / "exitscan.html")
-    bench = bench_of(config)
+    bench = bench_of(config, train)
     fixed = unlearn_at_exits(nets["simulated"], reports["simulated"].patch(), bench.few(train), seed=bench.seed, device=config.device)
     for view, values in reconverted(fixed, train, test, trigger_of(config), config.target, bench).items():
         log_rows(run, "repair", [dict(net="simulated", defence="unlearning at exits", view=view, name=k, value=v) for k, v in values.items()])
