@@ -92,7 +92,7 @@ def release_thresholds(
     confidence:Tensor, # of reference images (M,N)
     shares:Tensor # of images to leave at each output, rows sum to 1 (S,M)
 ) -> Tensor: # (S,M), -inf for the last output
-    "What `BudgetedPolicy.fit` finds, for S budgets at once."
+    "What the fit of `BudgetedPolicy` finds, for S budgets at once."
     (M, N), c = confidence.shape, confidence.double()
     due, there = shares.cumsum(1) * N, torch.ones(len(shares), N, dtype=torch.bool)
     thresholds = torch.full(shares.shape, -torch.inf, dtype=torch.float64)
