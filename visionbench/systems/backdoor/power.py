@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Subject', 'subjects_of', 'exit_strength', 'power_row', 'power_study', 'counts', 'plot_power']
 
-# %% ../../../nbs/systems/backdoor/power.ipynb #896fc381
+# %% ../../../nbs/systems/backdoor/power.ipynb #0105c024
 import re
 from dataclasses import replace
 from typing import Callable, NamedTuple, Sequence
@@ -20,15 +20,13 @@ from ...metrics.classify import attack_success_rate
 from ...nn.exits import MultiExitNet
 from ...runs.record import Run
 from .audit import ExitScan
-from .checkup import build_network, unwrapped
-from .config import BackdoorConfig
+from .nets import run_config, run_images, stage_weights, vanilla_net
 from .trigger import trigger_of
 from .verdict import ExitScanReport
-from ...train.checkpoint import CheckpointError, newest_checkpoint
 from ...train.exits import train_exits
 from ...view.style import axes, colours, legend
 
-# %% ../../../nbs/systems/backdoor/power.ipynb #d7c322ca
+# %% ../../../nbs/systems/backdoor/power.ipynb #f8b2943e
 class Subject(NamedTuple):
     "A network of which we know whether it is clean."
     name: str  # for the table
@@ -42,13 +40,11 @@ def subjects_of(
     run: Run,  # finished run of this system
     expected: str = "",  # of its simulated network
 ) -> list[Subject]:  # the clean twin and the simulated network
-    "Networks of a run, before and after injection; raises `CheckpointError` when the run has none."
-    config, found = BackdoorConfig(**{k: v for k, v in run.settings.items() if k in BackdoorConfig.fields()}), []
-    for stage, kind in (("pretrain", "clean"), ("inject", "simulated")):
-        checkpoint = newest_checkpoint(run.path / "checkpoints" / stage)
-        if checkpoint is None: raise CheckpointError(f"no usable checkpoint of stage {stage} in {run.path}.")
-        weights = unwrapped(checkpoint.tensors)
-        net = build_network(f"resnet{config.depth}", weights, config.image_size)
+    "Networks of a run, before and after injection; raises `RunError` when the run lacks one."
+    config, images, found = run_config(run), run_images(run), []
+    for stage, kind, part in (("pretrain", "clean", ""), ("inject", "simulated", "backbone.")):
+        net = vanilla_net(config, images).eval()
+        net.load_state_dict(stage_weights(run, stage, part)[0])
         planted = (trigger_of(config), config.target, expected) if kind == "simulated" else ()
         found.append(Subject(f"{kind} {run.path.name}", net, *planted))
     return found
