@@ -17,7 +17,7 @@ from visionbench.data.fixtures import write_cifar10_fixture, write_gtsrb_fixture
 from visionbench.runs.execute import execute
 from visionbench.runs.record import Run
 from visionbench.systems.backdoor.claims import CLAIMS, PUBLISHED
-from visionbench.systems.backdoor.config import BackdoorConfig
+from visionbench.systems.backdoor.config import TARGETS, BackdoorConfig
 from visionbench.systems.backdoor.fit import fit
 from visionbench.train.checkpoint import digest
 
@@ -155,10 +155,28 @@ def test_a_dry_run_at_the_published_scale(tmp_path, name):
     assert logits["clean"].shape[::2] == (M, K) == logits["triggered"].shape[::2] and logits["clean"].isfinite().all()
 
 
+OUTPUTS = dict(vgg=15, mobilenet=14)  # 13 convolutions and a hidden layer, or 13 separable blocks, each with an exit, and the classifier
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", OUTPUTS)
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_dry_run_of_the_other_published_networks(tmp_path, name, arch):
+    """VGG-16 and MobileNet as the paper preset builds them, but narrow, on all four sets in their real layouts."""
+    write, _ = SETS[name]
+    config = BackdoorConfig.start("paper", **DRY, dataset=name, arch=arch, width=4, data=str(write(tmp_path / "data")), out=str(tmp_path / "runs"))
+    run = fit(config)
+    assert run.state == "done" and (config.arch, config.target, config.image_size) == (arch, TARGETS[name], 64 if "tiny" in name else 32)
+    assert {*run.metrics.stage} == {*STAGES} and run.metrics.value.notna().all()
+    logits = load_file(run.path / "logits-simulated-0.safetensors")
+    K = dict(gtsrb=43, tiny_imagenet=200).get(name, 10)
+    assert logits["clean"].shape[::2] == (OUTPUTS[arch], K) and logits["triggered"].isfinite().all()
+
+
 RESUME = '''
 import os, signal, sys
 from visionbench.systems.backdoor import fit as room
-from visionbench.systems.backdoor.config import BackdoorConfig
+from visionbench.systems.backdoor.config import TARGETS, BackdoorConfig
 from visionbench.core.tensors import DictData, batches
 from visionbench.train.learner import Learner
 import torch
