@@ -19,7 +19,7 @@ from .report import write_report
 from .threat import poisoned
 from .trigger import trigger_of
 
-# %% ../../../nbs/systems/backdoor/checks.ipynb #777c37c6
+# %% ../../../nbs/systems/backdoor/checks.ipynb #c76260ff
 def bench_of(
     config: BackdoorConfig,  # names the preset's scale
     train: ImageSet,  # clean images there are
@@ -31,7 +31,7 @@ def bench_of(
 
 def log_rows(run: RunWriter, stage: str, rows: list[dict]):
     "Write tidy rows under one stage."
-    for row in rows: run.log(stage=stage, victim=0, **{k: v for k, v in row.items() if v == v})
+    for row in rows: run.log(stage=stage, victim=0, **{k: int(v) if k == "cls" else v for k, v in row.items() if v == v})
 
 
 def run_monitors(config: BackdoorConfig, run: RunWriter, nets: dict, train: ImageSet, test: ImageSet):

@@ -62,7 +62,7 @@ class Bench:
         at = torch.randperm(len(images), generator=generator(self.seed, "deployer"))[:self.images]
         return DictData(image=images.image[at], label=images.label[at])
 
-# %% ../../../nbs/systems/backdoor/defence.ipynb #f1506f6b
+# %% ../../../nbs/systems/backdoor/defence.ipynb #f0bece2b
 def runtime_rows(
     mx: MultiExitNet,  # converted
     train: ImageSet,  # clean images to fit on
@@ -92,10 +92,13 @@ def scan_rows(mx: MultiExitNet, train: ImageSet, bench: Bench) -> list[dict]:
     views = [*[OutputView.exit(mx, i) for i in range(mx.M - 1)], OutputView.vanilla(mx)]
     for v in (v for v in views if bench.cleanse and (v.output == "vanilla" or v.output in bench.cleanse_exits)):
         found = bench.cleanse.scan(v, DictData(image=few.tensors["image"][:bench.images // 4]))
-        rows += [dict(defence="Neural Cleanse", view=v.name, name="anomaly_index", value=found.anomaly), dict(defence="Neural Cleanse", view=v.name, name="suspect", value=found.suspect)]
+        about = dict(defence="Neural Cleanse", view=v.name)
+        rows += [dict(**about, name="anomaly_index", value=found.anomaly), dict(**about, name="suspect", value=found.suspect)]
+        rows += [dict(**about, name="mask_norm", cls=k, value=norm) for k, norm in zip(found.classes, found.norm.tolist())]
     for v in views if bench.dftnd else []:
         found = bench.dftnd.scan(v)
-        rows += [dict(defence="DF-TND", view=v.name, name="increase", value=found.score), dict(defence="DF-TND", view=v.name, name="suspect", value=found.suspect)]
+        about = dict(defence="DF-TND", view=v.name)
+        rows += [dict(**about, name="increase", value=found.score), dict(**about, name="suspect", value=found.suspect)]
     return rows
 
 
@@ -141,7 +144,7 @@ def reconverted(net, train, test, trigger, target, bench) -> dict:
     names = [*[view_name(i, mx.M) for i in range(mx.M)], "policy"]
     return {v: dict(accuracy=accuracy(c, test.label).item(), asr=attack_success_rate(w, test.label, target).item()) for v, c, w in zip(names, clean, woken)}
 
-# %% ../../../nbs/systems/backdoor/defence.ipynb #55f03e81
+# %% ../../../nbs/systems/backdoor/defence.ipynb #2313b6bf
 def defence_table(
     nets: dict,  # name → MultiExitNet, e.g. clean and simulated
     train: ImageSet,  # clean training images
@@ -151,7 +154,7 @@ def defence_table(
     bench: Bench | None = None,  # scale; None: small
     poisoned: dict | None = None,  # net → (DictData as the publisher trained on, bool (N,)); without it no training-set defence
     repair: tuple = ("simulated",),  # nets that are repaired
-) -> pd.DataFrame:  # tidy: net, defence, view, name, value
+) -> pd.DataFrame:  # tidy: net, defence, view, name, value; a mask's norm has its class in cls
     "What every defence says about every output of every network."
     bench, rows = bench or Bench(), []
     for net, mx in nets.items():
