@@ -73,7 +73,7 @@ def test_a_wrong_split_is_refused(call):
 
 
 @pytest.mark.parametrize("call,message", [
-    (lambda: mnist5k(size=17), "16, 28 and 32 pixels, got 17"), (lambda: digits(size=28), "8, 16 and 32 pixels, got 28"),
+    (lambda: mnist5k(size=17), "14, 16, 28, 32 pixels, got 17"), (lambda: digits(size=28), "8, 16 and 32 pixels, got 28"),
     (lambda: SynthSigns(1), "2 to 200 classes, got num_classes=1"), (lambda: SynthSigns(201), "num_classes=201"),
     (lambda: SynthSigns(size=4), "8 to 256 pixels a side, got size=4"), (lambda: SynthSigns().images(0), "at least 1, got 0"),
     (lambda: stratified_split(np.arange(4), 1.), "between 0 and 1, got 1.0"),

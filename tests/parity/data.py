@@ -11,11 +11,11 @@ from torchvision import datasets, transforms
 from torchvision.datasets import utils
 
 from visionbench.data.catalogue import CARDS, load_images
-from visionbench.data.fixtures import (write_cifar10_fixture, write_gtsrb_fixture, write_svhn_fixture,
-                                       write_tiny_imagenet_fixture)
+from visionbench.data.fixtures import (write_cifar10_fixture, write_cifar100_fixture, write_gtsrb_fixture,
+                                       write_svhn_fixture, write_tiny_imagenet_fixture)
 from visionbench.data.folders import decode_images, read_gtsrb, read_tiny_imagenet
 from visionbench.data.images import digits, mnist5k
-from visionbench.data.layouts import read_cifar10, read_svhn
+from visionbench.data.layouts import read_cifar10, read_cifar100, read_svhn
 from visionbench.data.synthetic import SynthSigns, homography
 
 
@@ -29,9 +29,10 @@ def raw():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """All four fixtures in one place, as a user might keep them."""
+    """All five fixtures in one place, as a user might keep them."""
     root = tmp_path_factory.mktemp("sets")
-    for write in (write_cifar10_fixture, write_svhn_fixture, write_gtsrb_fixture, write_tiny_imagenet_fixture):
+    for write in (write_cifar10_fixture, write_cifar100_fixture, write_svhn_fixture, write_gtsrb_fixture,
+                  write_tiny_imagenet_fixture):
         write(root)
     return root
 
@@ -61,6 +62,7 @@ def test_mnist_pixels_against_numpy(raw):
     pooled = (padded[:, ::2, ::2] + padded[:, 1::2, ::2] + padded[:, ::2, 1::2] + padded[:, 1::2, 1::2]) / 4
     assert np.abs(mnist5k("test", 32).image[:, 0].numpy() - padded).max() < 1e-7
     assert np.abs(mnist5k("test", 16).image[:, 0].numpy() - pooled).max() < 1e-6
+    assert np.abs(mnist5k("test", 14).image[:, 0].numpy() - pooled[:, 1:15, 1:15]).max() < 1e-6
     assert mnist5k("test").image.dtype == torch.float32
 
 
@@ -133,6 +135,21 @@ def test_cifar10_keys_are_those_of_the_real_files(folder):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
+def test_cifar100_against_torchvision(folder, split, unchecked):
+    theirs, ours = datasets.CIFAR100(folder, train=split == "train"), read_cifar100(folder, split)
+    assert np.array_equal(theirs.data.transpose(0, 3, 1, 2), ours.image) and theirs.targets == ours.label.tolist()
+    assert tuple(theirs.classes) == ours.classes and len(ours) == 100 == ours.num_classes
+
+
+def test_cifar100_keys_are_those_of_the_real_files(folder):
+    base = folder / "cifar-100-python"
+    batch, meta = (pickle.loads((base / f).read_bytes(), encoding="latin1") for f in ("train", "meta"))
+    assert set(batch) == {"data", "fine_labels", "coarse_labels", "batch_label", "filenames"}
+    assert set(meta) == {"fine_label_names", "coarse_label_names"} and len(meta["coarse_label_names"]) == 20
+    assert sorted(np.bincount(batch["coarse_labels"])) == [5] * 20
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
 def test_svhn_against_torchvision(folder, split, unchecked):
     theirs, ours = datasets.SVHN(folder, split=split), read_svhn(folder, split)
     assert np.array_equal(theirs.data, ours.image) and np.array_equal(theirs.labels, ours.label)
@@ -186,7 +203,8 @@ def test_tiny_imagenet_reads_the_table_of_the_validation_images(folder):
     assert torch.equal(ours.image[0, 0], ours.image[0, 2])
 
 
-@pytest.mark.parametrize("read,inside", [(read_cifar10, "cifar-10-batches-py"), (read_svhn, "."), (read_gtsrb, "gtsrb"),
+@pytest.mark.parametrize("read,inside", [(read_cifar10, "cifar-10-batches-py"),
+                                         (read_cifar100, "cifar-100-python"), (read_svhn, "."), (read_gtsrb, "gtsrb"),
                                          (read_gtsrb, "gtsrb/GTSRB"), (read_tiny_imagenet, "tiny-imagenet-200")])
 def test_parent_and_folder_itself_are_the_same(folder, read, inside, monkeypatch):
     outer, inner = read(folder, "test"), read(folder / inside, "test")

@@ -145,21 +145,21 @@ def mnist_arrays(
     _write_cache(path, image, label)
     return image, label
 
-# %% ../../nbs/data/images.ipynb #115bb487
+# %% ../../nbs/data/images.ipynb #3ba0825a
 def mnist5k(
     split:str='train', # 'train' (400 of each digit) or 'test' (100 of each)
-    size:int=16, # side in pixels: 28 as published, 32 zero-padded, 16 averaged over 2×2 blocks of the 32
+    size:int=16, # side in pixels: 28 as published, 32 zero-padded, 14 and 16 their means over 2×2 blocks
     seed:int=0, # of the division into train and test
     cache:str|Path|None=None, # cache folder; see `cache_folder`
 ) -> ImageSet: # images (N,1,size,size) float32 in [0,1]
     "Real MNIST digits, 4,000 to train and 1,000 to test; other splits or sizes raise ValueError."
     check_split(split)
-    if size not in (16, 28, 32): raise ValueError(f'mnist5k has sizes 16, 28 and 32 pixels, got {size}')
+    if size not in (14, 16, 28, 32): raise ValueError(f'mnist5k has sizes 14, 16, 28, 32 pixels, got {size}')
     image, label = mnist_arrays(cache)
     at = stratified_split(label, .8, seed)[SPLITS.index(split)]
     x = torch.from_numpy(image[at])[:, None].float() / 255
-    if size != 28: x = F.pad(x, (2, 2, 2, 2))
-    if size == 16: x = F.avg_pool2d(x, 2)
+    if size in (16, 32): x = F.pad(x, (2, 2, 2, 2))
+    if size in (14, 16): x = F.avg_pool2d(x, 2)
     return ImageSet(x, torch.from_numpy(label[at]), tuple('0123456789'), 'mnist5k', (.13,), (.31,))
 
 # %% ../../nbs/data/images.ipynb #09e6952d
