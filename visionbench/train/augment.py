@@ -22,8 +22,8 @@ def random_crop(
     B, C, H, W = image.shape
     top, left = torch.randint(0, 2 * pad + 1, (2, B, 1), generator=g).to(image.device)
     rows, columns = top + torch.arange(H, device=image.device), left + torch.arange(W, device=image.device)
-    at = torch.arange(B, device=image.device)
-    return F.pad(image, (pad,) * 4).permute(0, 2, 3, 1)[at[:, None, None], rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+    at, padded = torch.arange(B, device=image.device), F.pad(image, (pad,) * 4).permute(0, 2, 3, 1)
+    return padded[at[:, None, None], rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
 def random_flip(

@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['RecordCB', 'ProgressCB', 'ClipGradientCB', 'CheckpointCB', 'snapshot', 'check_fits', 'restore', 'restore_rng']
 
-# %% ../../nbs/train/callbacks.ipynb #1d0f9ef1
+# %% ../../nbs/train/callbacks.ipynb #33e0c7e0
 import os
 import sys
 from pathlib import Path
 from typing import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm as notebook_tqdm
 from tqdm.std import tqdm as text_tqdm
 
-from .checkpoint import CheckpointError, join_state, newest_checkpoint, save_checkpoint, split_state
+from .checkpoint import (CheckpointError, join_state, newest_checkpoint,
+                                          save_checkpoint, split_state)
 
 # %% ../../nbs/train/callbacks.ipynb #acf798b7
 class RecordCB:
@@ -59,24 +60,33 @@ class ProgressCB:
     def before_fit(self, learner):
         bar = text_tqdm if os.environ.get("VISIONBENCH_TEXT_PROGRESS") else notebook_tqdm
         hidden = self.quiet or not learner.accelerator.is_main_process
-        self.bar = bar(total=learner.epochs * learner.batches_per_epoch, desc=self.title, disable=hidden, leave=False, mininterval=.5, file=sys.stderr)
+        self.bar = bar(total=learner.epochs * learner.batches_per_epoch, desc=self.title, disable=hidden,
+                       leave=False, mininterval=.5, file=sys.stderr)
 
-    def positioned(self, learner): self.bar.n = self.bar.initial = learner.epoch * learner.batches_per_epoch + learner.index
+    def positioned(self, learner):
+        self.bar.n = self.bar.initial = learner.epoch * learner.batches_per_epoch + learner.index
 
     def after_step(self, learner):
-        if not self.bar.disable and learner.iteration % 10 == 0: self.bar.set_postfix(loss=f"{learner.total.item():.3g}", refresh=False)
+        if not self.bar.disable and learner.iteration % 10 == 0:
+            self.bar.set_postfix(loss=f"{learner.total.item():.3g}", refresh=False)
         self.bar.update()
 
     def after_fit(self, learner): self.bar.close()
 
-# %% ../../nbs/train/callbacks.ipynb #114abb24
+# %% ../../nbs/train/callbacks.ipynb #5b01416b
 class ClipGradientCB:
     "Scale the gradient down to norm `largest` before the step."
     def __init__(self,
         largest: float,  # Euclidean norm over all parameters
     ): self.largest = largest
 
-    def after_backward(self, learner): learner.accelerator.clip_grad_norm_(learner.model.parameters(), self.largest)
+    def before_fit(self, learner):
+        "Collect the parameters once: walking the modules in each step costs more than the norm."
+        self.parameters = list(learner.model.parameters())
+
+    def after_backward(self, learner):
+        clip = nn.utils.clip_grad_norm_ if learner.plain else learner.accelerator.clip_grad_norm_
+        clip(self.parameters, self.largest)
 
 # %% ../../nbs/train/callbacks.ipynb #fb35368c
 class CheckpointCB:
@@ -94,7 +104,8 @@ class CheckpointCB:
 
     def before_fit(self, learner):
         learner.accelerator.wait_for_everyone()
-        if (found := newest_checkpoint(self.folder, self.signature, lambda c: check_fits(learner, c))) is not None: restore(learner, found)
+        found = newest_checkpoint(self.folder, self.signature, lambda c: check_fits(learner, c))
+        if found is not None: restore(learner, found)
         for cb in learner.callbacks:
             if hasattr(cb, "positioned"): cb.positioned(learner)
 
@@ -108,9 +119,10 @@ class CheckpointCB:
         "Write one file and remove those that are too old."
         if not learner.accelerator.is_main_process: return
         tensors, state = snapshot(learner)
-        self.latest = save_checkpoint(self.folder / f"{self.prefix}-{learner.iteration:08}.safetensors", tensors,
-                                      state | dict(signature=self.signature), self.tags)
-        mine = [p for p in sorted(self.folder.glob("*.safetensors")) if p <= self.latest]  # a newer one was refused, and counts for nothing
+        file = self.folder / f"{self.prefix}-{learner.iteration:08}.safetensors"
+        self.latest = save_checkpoint(file, tensors, state | dict(signature=self.signature), self.tags)
+        # a newer one was refused, and counts for nothing
+        mine = [p for p in sorted(self.folder.glob("*.safetensors")) if p <= self.latest]
         for old in mine[:-self.keep]: old.unlink()
 
 # %% ../../nbs/train/callbacks.ipynb #a8ba92b0
@@ -122,10 +134,11 @@ def snapshot(
     tree, tensors = split_state(learner.optimizer.optimizer.state_dict(), "optimizer")
     tensors |= {f"model/{k}": v for k, v in model.state_dict().items()}
     tensors |= {"rng/cpu": torch.get_rng_state()}
-    tensors |= {f"rng/cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])}
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    tensors |= {f"rng/cuda{i}": s for i, s in enumerate(cuda)}
     parts = [cb.state_dict() if hasattr(cb, "state_dict") else None for cb in learner.callbacks]
-    return tensors, dict(epoch=learner.epoch, index=learner.index, iteration=learner.iteration, callbacks=parts,
-                         kind=type(learner.optimizer.optimizer).__name__, optimizer=tree)
+    return tensors, dict(epoch=learner.epoch, index=learner.index, iteration=learner.iteration,
+                         callbacks=parts, kind=type(learner.optimizer.optimizer).__name__, optimizer=tree)
 
 
 def check_fits(
@@ -133,13 +146,17 @@ def check_fits(
     found,  # a Checkpoint
 ):
     "Raise `CheckpointError` when a checkpoint is of another network or optimizer."
-    have = {k: tuple(v.shape) for k, v in learner.accelerator.unwrap_model(learner.model).state_dict().items()}
-    given = {k.removeprefix("model/"): tuple(v.shape) for k, v in found.tensors.items() if k.startswith("model/")}
+    model = learner.accelerator.unwrap_model(learner.model)
+    have = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    given = {k.removeprefix("model/"): tuple(v.shape) for k, v in found.tensors.items()
+             if k.startswith("model/")}
     if have != given:
         k = sorted(k for k in have | given if have.get(k) != given.get(k))[0]
-        raise CheckpointError(f"it is of another network: '{k}' has shape {given.get(k)}, expected {have.get(k)}.")
+        raise CheckpointError(f"it is of another network: '{k}' has shape {given.get(k)}, "
+                              f"expected {have.get(k)}.")
     kind = type(learner.optimizer.optimizer).__name__
-    if found.state.get("kind") != kind: raise CheckpointError(f"it is of another optimizer: {found.state.get('kind')}, expected {kind}.")
+    if found.state.get("kind") != kind:
+        raise CheckpointError(f"it is of another optimizer: {found.state.get('kind')}, expected {kind}.")
 
 
 def restore(

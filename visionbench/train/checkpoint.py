@@ -74,7 +74,8 @@ def load_checkpoint(
     except (SafetensorError, OSError, ValueError) as e:
         raise CheckpointError(f"{path} is damaged or no safetensors file: {e}.") from e
     if meta.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a visionbench checkpoint (format {meta.get('format')!r}, expected {FORMAT!r}).")
+        raise CheckpointError(f"{path} is not a visionbench checkpoint (format {meta.get('format')!r}, "
+                              f"expected {FORMAT!r}).")
     if meta.get("digest") != digest(tensors, meta.get("state", "") + meta.get("tags", "")):
         raise CheckpointError(f"{path} is damaged: its content does not match its digest.")
     tags = json.loads(meta["tags"])
@@ -92,7 +93,8 @@ def split_state(
     pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
     parts = {str(k): split_state(v, f"{prefix}/{k}") for k, v in pairs}
     tensors = {p: t for _, found in parts.values() for p, t in found.items()}
-    return ({k: v for k, (v, _) in parts.items()} if isinstance(tree, dict) else [v for v, _ in parts.values()]), tensors
+    bare = {k: v for k, (v, _) in parts.items()}
+    return bare if isinstance(tree, dict) else list(bare.values()), tensors
 
 
 def join_state(
@@ -101,7 +103,8 @@ def join_state(
 ):  # the nested state; digits as keys become integers again, as optimizers want them
     "Put the tensors back into a nested state."
     if isinstance(tree, dict) and set(tree) == {"tensor"}: return tensors[tree["tensor"]]
-    if isinstance(tree, dict): return {int(k) if k.isdigit() else k: join_state(v, tensors) for k, v in tree.items()}
+    if isinstance(tree, dict):
+        return {int(k) if k.isdigit() else k: join_state(v, tensors) for k, v in tree.items()}
     return [join_state(v, tensors) for v in tree] if isinstance(tree, list) else tree
 
 # %% ../../nbs/train/checkpoint.ipynb #3cdb877f
@@ -115,8 +118,10 @@ def newest_checkpoint(
         try:
             found = load_checkpoint(path)
             if signature and found.state.get("signature") != signature:
-                raise CheckpointError(f"{path} belongs to other settings ({found.state.get('signature')!r}, expected {signature!r}).")
+                raise CheckpointError(f"{path} belongs to other settings ({found.state.get('signature')!r}, "
+                                      f"expected {signature!r}).")
             if check: check(found)
             return found
-        except CheckpointError as e: warnings.warn(f"checkpoint refused, trying an older one: {e}", stacklevel=2)
+        except CheckpointError as e:
+            warnings.warn(f"checkpoint refused, trying an older one: {e}", stacklevel=2)
     return None

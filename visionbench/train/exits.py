@@ -23,24 +23,25 @@ def refuse_single_images(
 ):
     "Raise `ValueError` where some batch holds one image: it has no statistics for BatchNorm to follow."
     if 1 in (order.n, order.batch_size, order.n % order.batch_size):
-        raise ValueError(f"{order.n} images in batches of {order.batch_size} leave a batch of one, which has no statistics for "
-                         "BatchNorm to follow: choose another batch size")
+        raise ValueError(f"{order.n} images in batches of {order.batch_size} leave a batch of one, which has "
+                         "no statistics for BatchNorm to follow: choose another batch size")
 
 
 def ordered_batches(
-    data: DictData | DataLoader,  # with `image` and `label`; of a loader the data set and the way to collate are used
+    data: DictData | DataLoader,  # with `image` and `label`; of a loader its data set and its way to collate
     size: int,  # batch size
     seed: int = 0,  # decides the order together with the epoch
     shuffle: bool = True,  # new order in each epoch
 ) -> DataLoader:  # dict batches whose order the Learner can set
-    "Batches in a reproducible order from data or from somebody's loader; raises `ValueError` where that cannot be."
+    "Batches in a reproducible order from data or a loader; raises `ValueError` where that cannot be."
     if not isinstance(data, DataLoader): return batches(data, size, seed, shuffle)
     if type(data.sampler) not in (RandomSampler, SequentialSampler):
-        raise ValueError(f"a loader with a {type(data.sampler).__name__} draws in its own way; give the data, "
-                         "or a loader that goes through all of it")
+        raise ValueError(f"a loader with a {type(data.sampler).__name__} draws in its own way; "
+                         "give the data, or a loader that goes through all of it")
     if isinstance(data.dataset, DictData): return batches(data.dataset, size, seed, shuffle)
     loader = DataLoader(data.dataset, batch_sampler=EpochBatches(len(data.dataset), size, seed, shuffle),
-                        collate_fn=data.collate_fn, num_workers=data.num_workers, generator=generator(seed, "loader"))
+                        collate_fn=data.collate_fn, num_workers=data.num_workers,
+                        generator=generator(seed, "loader"))
     first = next(iter(loader))
     if not isinstance(first, dict) or not {"image", "label"} <= first.keys():
         given = list(first) if isinstance(first, dict) else type(first).__name__
@@ -97,11 +98,11 @@ def train_exits(
     weight_decay: float = 1e-4,  # of Adam
     drops: Sequence[float] = (),  # fractions of the fit at which lr is divided by ten
     callbacks: Sequence = (),  # e.g. RecordCB, CheckpointCB
-    cache_features: bool = True,  # pool once; False, and always with bn="track", runs the backbone for every batch
+    cache_features: bool = True,  # pool once; False, and always bn="track": run the backbone for every batch
     seed: int = 0,  # order of the batches
     device: str = "auto",  # auto | cpu | cuda | mps
     limit_batches: int = 0,  # dry run: at most so many batches an epoch
-    bn: str = "frozen",  # "track": BatchNorm statistics of the backbone follow the batches, as in the published code
+    bn: str = "frozen",  # "track": BatchNorm statistics of the backbone follow the batches, as published
 ):  # `mx`, on the CPU, backbone frozen
     "Train fresh exits on clean data; the backbone stays as it is, with `bn='frozen'` buffers included."
     if bn not in ("frozen", "track"): raise ValueError(f"bn={bn!r}: accepted are 'frozen' and 'track'")
