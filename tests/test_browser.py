@@ -1,46 +1,16 @@
-"""What a reader sees: the site, JupyterLab and the dashboards, in Chromium. Skipped where there is no Chromium."""
-import contextlib
+"""What a reader sees: the site, JupyterLab and the dashboards, in Chromium. Skipped where there is no
+Chromium."""
 import functools
 import http.server
-import os
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 import threading
-import time
-from urllib.request import urlopen
 
 import nbformat
 import pytest
-from conftest import ROOT
+from conftest import ROOT, free_port, page, serving  # noqa: F401  (other files take these from here)
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
-FLAGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
-         "--disable-sync").split()
-PATIENCE = 90_000  # milliseconds for one thing to appear on a page
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-@pytest.fixture
-def page(chromium):
-    """An empty page; what scripts on it throw is collected in `page.thrown`."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS, timeout=PATIENCE)
-        page = browser.new_page(viewport={"width": 1400, "height": 1000})
-        page.set_default_timeout(PATIENCE)
-        page.thrown = []
-        page.on("pageerror", lambda error: page.thrown.append(str(error)))
-        yield page
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -70,35 +40,28 @@ def test_a_chapter_shows_signature_source_and_result(page, address):
     page.goto(address + "/docs.html")
     page.locator("#plotly_outputs").wait_for()
     text = page.locator("main").inner_text()
-    assert "a notebook cell; changed in place" in text and "three bars" in text and "_docs/start/01_run.html" in text
+    assert "a notebook cell; changed in place" in text and "three bars" in text
+    assert "_docs/start/01_run.html" in text
     assert not page.thrown
 
 
 @pytest.fixture
 def lab(tmp_path):
-    """JupyterLab on a folder with one small notebook, and configuration of its own; ended with its kernels, whatever happens."""
+    """JupyterLab on a folder with one small notebook, and configuration of its own; ended with its kernels,
+    whatever happens."""
     folder = tmp_path / "notebooks"
     folder.mkdir()
-    cells = ["from visionbench.core.config import Config", "answer = 6 * 7\nprint('the bench says', answer, Config.__name__)"]
+    cells = ["from visionbench.core.config import Config",
+             "answer = 6 * 7\nprint('the bench says', answer, Config.__name__)"]
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
     nb.metadata.kernelspec = {"name": "python3", "display_name": "python3", "language": "python"}
     nbformat.write(nb, folder / "small.ipynb")
     port = free_port()
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ServerApp.port_retries=0",
-               "--IdentityProvider.token=", "--expose-app-in-browser", f"--ServerApp.root_dir={folder}"]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}",
+               "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--expose-app-in-browser",
+               f"--ServerApp.root_dir={folder}"]
     with serving(command, tmp_path, f"http://127.0.0.1:{port}/api"):
         yield f"http://127.0.0.1:{port}"
-
-
-def wait_for_server(url, server, log, seconds=90):
-    """Wait until the server answers; show its log when it does not."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and server.poll() is None:
-        try:
-            return urlopen(url, timeout=5).read()
-        except OSError:
-            time.sleep(0.2)
-    raise AssertionError(f"no answer from {url}:\n{log.read_text()[-3000:]}")
 
 
 def test_jupyterlab_runs_a_notebook(page, lab):
@@ -119,26 +82,9 @@ def finished(tmp_path_factory):
     from visionbench.systems.backdoor.config import BackdoorConfig
     from visionbench.systems.backdoor.fit import fit
 
-    return fit(BackdoorConfig.start("quick", depth=8, width=4, limit_batches=2, pretrain_epochs=1, attacker_epochs=1, inject_epochs=1, victim_epochs=1,
+    return fit(BackdoorConfig.start("quick", depth=8, width=4, limit_batches=2, pretrain_epochs=1,
+                                    attacker_epochs=1, inject_epochs=1, victim_epochs=1,
                                     out=str(tmp_path_factory.mktemp("runs")), device="cpu"))
-
-
-@contextlib.contextmanager
-def serving(command, folder, url, **env):
-    """A server with configuration of its own, until the end of the block; ended with its kernels, whatever happens."""
-    log = folder / "server.log"
-    private = {f"JUPYTER{name}": str(folder / name) for name in ("_CONFIG_DIR", "_DATA_DIR", "_RUNTIME_DIR", "LAB_SETTINGS_DIR", "LAB_WORKSPACES_DIR")}
-    with log.open("w") as out:
-        server = subprocess.Popen(command, env={**os.environ, **private, **env}, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
-    try:
-        wait_for_server(url, server, log)
-        yield
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
 
 
 def check_dashboard(page, run):
@@ -146,52 +92,66 @@ def check_dashboard(page, run):
     from visionbench.systems.backdoor.explorer import VIEWS, BackdoorExplorer
 
     def drawn(function):
-        return f"(() => {{ const gd = document.querySelector('.js-plotly-plot'); return gd && gd.data && gd.layout && ({function})(gd); }})()"
+        return ("(() => { const gd = document.querySelector('.js-plotly-plot'); "
+                f"return gd && gd.data && gd.layout && ({function})(gd); }})()")
 
     expected = BackdoorExplorer(run)
     page.locator(".js-plotly-plot .annotation-text", has_text="Attack success").wait_for()
     assert page.locator(".js-plotly-plot").count() == 1
     page.locator(".knob .noUi-handle").press("ArrowLeft")                        # 0.9 → 0.85
-    page.wait_for_function(drawn("gd => gd.layout.shapes.length && Math.abs(gd.layout.shapes[0].x0 - .85) < 1e-9"))
+    page.wait_for_function(
+        drawn("gd => gd.layout.shapes.length && Math.abs(gd.layout.shapes[0].x0 - .85) < 1e-9"))
     expected.knob.value = .85
-    want = [t["y"][0] for t in expected.draw("Policies")["board"]["data"] if t.get("mode") == "markers" and t["yaxis"] == "y2"][0]
-    page.wait_for_function(drawn(f"gd => gd.data.some(t => t.yaxis === 'y2' && t.mode === 'markers' && Math.abs(t.y[0] - {want}) < 1e-9)"))
+    want = [t["y"][0] for t in expected.draw("Policies")["board"]["data"] if t.get("mode") == "markers"
+            and t["yaxis"] == "y2"][0]
+    page.wait_for_function(drawn("gd => gd.data.some(t => t.yaxis === 'y2' && t.mode === 'markers' "
+                                 f"&& Math.abs(t.y[0] - {want}) < 1e-9)"))
     page.locator(".min-exit .noUi-handle").press("ArrowRight")
     expected.start.value = 1
     cost = next(t["y"] for t in expected.draw("Policies")["board"]["data"] if t["type"] == "bar")
-    page.wait_for_function(drawn(f"gd => {{ const bar = gd.data.find(t => t.type === 'bar'); return bar && bar.y[0] === 0 && Math.abs(bar.y[1] - {cost[1]}) < 1e-9; }}"))
+    page.wait_for_function(drawn(
+        "gd => { const bar = gd.data.find(t => t.type === 'bar'); "
+        f"return bar && bar.y[0] === 0 && Math.abs(bar.y[1] - {cost[1]}) < 1e-9; }}"))
     page.locator(".policy select").select_option("patience")
     page.locator(".js-plotly-plot .xtitle", has_text="repetitions P").wait_for()
-    titles = dict(zip(VIEWS, ("Accuracy, clean", "How far the trigger moves", "Attack success of each output alone", "AUROC, triggered", "not been scanned", "Confusion of all exits")))
-    for view in (*VIEWS[1:], VIEWS[0]):                                          # there and back again on the one figure
+    titles = dict(zip(VIEWS, (
+        "Accuracy, clean", "How far the trigger moves", "Attack success of each output alone",
+        "AUROC, triggered", "not been scanned", "Confusion of all exits")))
+    for view in (*VIEWS[1:], VIEWS[0]):  # there and back again on the one figure
         page.get_by_role("button", name=view, exact=True).click()
         page.locator(".js-plotly-plot .annotation-text", has_text=titles[view]).first.wait_for()
         assert page.locator(".trouble").count() == 0
     page.get_by_role("button", name="One image", exact=True).click()
-    page.wait_for_function("[...document.querySelectorAll('.widget-image')].filter(i => i.naturalWidth > 200).length === 2")
+    page.wait_for_function("[...document.querySelectorAll('.widget-image')]"
+                           ".filter(i => i.naturalWidth > 200).length === 2")
     before = page.locator(".widget-image").first.get_attribute("src")
     page.locator(".trigger input").click()
     page.wait_for_function("old => document.querySelector('.widget-image').src !== old", arg=before)
-    page.wait_for_function(drawn("gd => { const c = gd.data.find(t => t.name === 'relative change of the features'); return c && c.y.every(v => v === 0); }"))
+    page.wait_for_function(drawn(
+        "gd => { const c = gd.data.find(t => t.name === 'relative change of the features'); "
+        "return c && c.y.every(v => v === 0); }"))
 
 
 def test_voila_serves_the_dashboard(page, finished, tmp_path):
     port = free_port()
-    command = [sys.executable, "-m", "voila", str(ROOT / "nbs" / "dashboards"), "--no-browser", f"--port={port}"]
+    command = [sys.executable, "-m", "voila", str(ROOT / "nbs" / "dashboards"), "--no-browser",
+               f"--port={port}"]
     with serving(command, tmp_path, f"http://127.0.0.1:{port}/", VISIONBENCH_RUN=str(finished.path)):
         page.goto(f"http://127.0.0.1:{port}/")
         page.get_by_text("backdoor.ipynb").first.wait_for()                      # the gallery
         page.goto(f"http://127.0.0.1:{port}/voila/render/backdoor.ipynb")
         check_dashboard(page, finished)
-        assert page.get_by_text("Threat simulation").count() == 1 and not page.get_by_text("skip_exec").first.is_visible()
+        assert page.get_by_text("Threat simulation").count() == 1
+        assert not page.get_by_text("skip_exec").first.is_visible()
 
 
 def test_jupyterlab_runs_the_dashboard(page, finished, tmp_path):
     folder, port = tmp_path / "notebooks", free_port()
     folder.mkdir()
     shutil.copy(ROOT / "nbs" / "dashboards" / "backdoor.ipynb", folder)
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ServerApp.port_retries=0",
-               "--IdentityProvider.token=", "--expose-app-in-browser", f"--ServerApp.root_dir={folder}"]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}",
+               "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--expose-app-in-browser",
+               f"--ServerApp.root_dir={folder}"]
     with serving(command, tmp_path, f"http://127.0.0.1:{port}/api", VISIONBENCH_RUN=str(finished.path)):
         page.goto(f"http://127.0.0.1:{port}/lab/tree/backdoor.ipynb")
         page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for()

@@ -1,4 +1,5 @@
-"""The site: it builds without a warning, everything on it that can be clicked exists, and it says what the notebooks say."""
+"""The site: it builds without a warning, everything on it that can be clicked exists, and it says what the
+notebooks say."""
 import json
 import os
 import re
@@ -26,7 +27,8 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         for key, value in attributes:
-            if key in ("href", "src") and value and not (tag == "link" and ("rel", "preconnect") in attributes):
+            hint = tag == "link" and ("rel", "preconnect") in attributes
+            if key in ("href", "src") and value and not hint:
                 self.links.add(value)
             if key in ("id", "name") and value:
                 self.ids.add(value)
@@ -51,16 +53,19 @@ def broken_links(site):
                 continue
             file, place = urldefrag(link)
             file = unquote(file.split("?")[0])
-            target = path if not file else (site / file.lstrip("/") if file.startswith("/") else (path.parent / file)).resolve()
+            base = site if file.startswith("/") else path.parent
+            target = (base / file.lstrip("/")).resolve() if file else path
             target = target / "index.html" if target.is_dir() else target
-            if not target.is_file() or (place and target in pages and unquote(place) not in pages[target].ids):
+            unknown = place and target in pages and unquote(place) not in pages[target].ids
+            if not target.is_file() or unknown:
                 yield f"{path.relative_to(site)}: {link}"
 
 
 def test_sidebar_names_every_notebook_once():
     named, there = list(hrefs(SIDEBAR)), [p.relative_to(ROOT / "nbs").as_posix() for p in notebooks()]
     assert len(named) == len(set(named)), "named twice"
-    assert set(named) == set(there), f"not in _quarto.yml: {sorted(set(there) - set(named))}; no such file: {sorted(set(named) - set(there))}"
+    assert set(named) == set(there), (f"not in _quarto.yml: {sorted(set(there) - set(named))}; "
+                                      f"no such file: {sorted(set(named) - set(there))}")
 
 
 def test_one_configuration_serves_both_places():
@@ -72,7 +77,8 @@ def test_readme_equals_the_index_notebook():
     text, figures = docs.readme_text(nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4))
     assert (ROOT / "README.md").read_text(encoding="utf-8") == text, "run `visionbench docs`"
     for name, content in figures.items():
-        assert (ROOT / name).read_bytes() == content, f"{name} is not the figure in the notebook; run `visionbench docs`"
+        same = (ROOT / name).read_bytes() == content
+        assert same, f"{name} is not the figure in the notebook; run `visionbench docs`"
     for file in re.findall(r"\]\((?![a-z]+:|#)([^)\s]+)\)", text):
         assert (ROOT / file.split("#")[0]).exists(), f"README links to {file}"
 
@@ -87,7 +93,8 @@ def test_every_link_leads_somewhere(site):
 
 
 def test_a_broken_link_is_found(tmp_path):
-    (tmp_path / "a.html").write_text('<a href="b.html#here">1</a><a href="b.html#there">2</a><a href="/c.html">3</a><a href="https://x.org">4</a>')
+    (tmp_path / "a.html").write_text('<a href="b.html#here">1</a><a href="b.html#there">2</a>'
+                                     '<a href="/c.html">3</a><a href="https://x.org">4</a>')
     (tmp_path / "b.html").write_text('<h2 id="here">x</h2><a href="a.html">5</a>')
     assert sorted(broken_links(tmp_path)) == ["a.html: /c.html", "a.html: b.html#there"]
 
@@ -104,7 +111,8 @@ def project(folder, pages, sidebar=("index.ipynb",)):
         (folder / "nbs" / name).parent.mkdir(parents=True, exist_ok=True)
         nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"# {name}\n\n> a page"), *cells])
         nbformat.write(nb, folder / "nbs" / name)
-    settings = (ROOT / "settings.ini").read_text(encoding="utf-8").replace("lib_path = visionbench", "lib_path = none")
+    settings = (ROOT / "settings.ini").read_text(encoding="utf-8")
+    settings = settings.replace("lib_path = visionbench", "lib_path = none")
     (folder / "settings.ini").write_text(settings, encoding="utf-8")
     quarto = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
     quarto["website"] = {"title": "small", "sidebar": {"contents": list(sidebar)}}
@@ -114,18 +122,22 @@ def project(folder, pages, sidebar=("index.ipynb",)):
 
 
 def build(folder, **options):
-    return run(sys.executable, "-m", "visionbench.docs", cwd=folder, timeout=120, PYTHONPATH=str(ROOT), **options)
+    return run(sys.executable, "-m", "visionbench.docs", cwd=folder, timeout=120,
+               PYTHONPATH=str(ROOT), **options)
 
 
 def test_a_plotly_figure_becomes_html_in_the_staged_notebook(tmp_path):
-    data = {docs.PLOTLY: {"data": [{"type": "scatter", "y": [1, 4, 9]}], "layout": {}}, "text/plain": "Figure"}
+    data = {docs.PLOTLY: {"data": [{"type": "scatter", "y": [1, 4, 9]}], "layout": {}},
+            "text/plain": "Figure"}
     cell = nbformat.v4.new_code_cell("fig", outputs=[nbformat.v4.new_output("display_data", data=data)])
-    build(project(tmp_path, {"index.ipynb": [], "deep/er/plot.ipynb": [cell]}, ["index.ipynb", "deep/er/plot.ipynb"]))
+    build(project(tmp_path, {"index.ipynb": [], "deep/er/plot.ipynb": [cell]},
+                  ["index.ipynb", "deep/er/plot.ipynb"]))
     staged = json.loads((tmp_path / "_proc/deep/er/plot.ipynb").read_text())
     shown = "".join(staged["cells"][-1]["outputs"][0]["data"]["text/html"])
     assert re.search(r'<div id="plotly-[0-9a-f]{12}"', shown) and "[1,4,9]" in shown
     page = (tmp_path / "_docs/deep/er/plot.html").read_text()
-    assert '<script src="../../plotly.min.js">' in page and (tmp_path / "_docs/plotly.min.js").stat().st_size > 1e6
+    assert '<script src="../../plotly.min.js">' in page
+    assert (tmp_path / "_docs/plotly.min.js").stat().st_size > 1e6
     assert not [*broken_links(tmp_path / "_docs")]
 
 
@@ -133,7 +145,8 @@ def test_a_broken_link_stops_the_build(tmp_path):
     link = nbformat.v4.new_markdown_cell("[nowhere](missing.ipynb)")
     project(tmp_path, {"index.ipynb": [link]})
     done = build(tmp_path, check=False)
-    assert done.returncode != 0 and "broken link missing.ipynb" in done.stdout and "Traceback" not in done.stdout
+    assert done.returncode != 0 and "broken link missing.ipynb" in done.stdout
+    assert "Traceback" not in done.stdout
     assert not (tmp_path / "_docs").exists()
 
 
@@ -142,13 +155,15 @@ def test_a_second_build_returns_at_once_and_a_change_is_seen(tmp_path, monkeypat
     build(tmp_path)
     monkeypatch.setattr(docs, "stage", lambda *_: pytest.fail("built again though nothing changed"))
     assert docs.build(tmp_path) == tmp_path / "_docs"
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# new\n\n> page")]), tmp_path / "nbs" / "index.ipynb")
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# new\n\n> page")]),
+                   tmp_path / "nbs" / "index.ipynb")
     with pytest.raises(pytest.fail.Exception, match="built again"):
         docs.build(tmp_path)
 
 
 def test_a_checkout_below_a_hidden_folder_builds(tmp_path):
-    """nbdev passes over every path with a part that starts with a dot, so an absolute path would lose all pages."""
+    """nbdev passes over every path with a part that starts with a dot, so an absolute path would lose all
+    pages."""
     folder = tmp_path / ".cache" / "clone"
     folder.mkdir(parents=True)
     build(project(folder, {"index.ipynb": []}))
@@ -157,7 +172,8 @@ def test_a_checkout_below_a_hidden_folder_builds(tmp_path):
 
 def test_outside_a_checkout_the_message_is_one_line(tmp_path):
     done = build(tmp_path, check=False)
-    assert done.returncode != 0 and "settings.ini" in done.stdout and len(done.stdout.strip().splitlines()) == 1
+    assert done.returncode != 0 and "settings.ini" in done.stdout
+    assert len(done.stdout.strip().splitlines()) == 1
 
 
 def test_executing_a_failing_notebook_leaves_it_as_it_was(tmp_path):

@@ -1,4 +1,5 @@
-"""Dashboards without a browser: what a control's value does to the figure, how long that takes, and what happens when a run lacks something."""
+"""Dashboards without a browser: what a control's value does to the figure, how long that takes, and what
+happens when a run lacks something."""
 import json
 import shutil
 import time
@@ -27,9 +28,11 @@ from visionbench.view.panels import figure
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A dry run of a small network with three exits: one epoch of two batches a stage, judged on all 1,000 test images."""
+    """A dry run of a small network with three exits: one epoch of two batches a stage, judged on all 1,000
+    test images."""
     out = tmp_path_factory.mktemp("runs")
-    return fit(BackdoorConfig.start("quick", depth=8, width=4, limit_batches=2, pretrain_epochs=1, attacker_epochs=1, inject_epochs=1, victim_epochs=1, victims=2,
+    return fit(BackdoorConfig.start("quick", depth=8, width=4, limit_batches=2, pretrain_epochs=1,
+                                    attacker_epochs=1, inject_epochs=1, victim_epochs=1, victims=2,
                                     out=str(out), device="cpu"))
 
 
@@ -46,7 +49,8 @@ def copy(run, tmp_path):
 
 def marks(board, axis):
     """Where a panel says that the control stands: one mark for each network."""
-    return [(t["x"][0], t["y"][0]) for t in board["data"] if t.get("mode") == "markers" and len(t["x"]) == 1 and t["yaxis"] == axis]
+    return [(t["x"][0], t["y"][0]) for t in board["data"] if t.get("mode") == "markers" and len(t["x"]) == 1
+            and t["yaxis"] == axis]
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -70,7 +74,8 @@ def test_every_policy_at_both_ends_of_its_knob(explorer, rule):
 
 
 def test_the_marks_are_what_the_run_recorded(explorer, run):
-    rows = run.metrics.query("stage == 'evaluate' and policy == 'confidence' and victim == 1 and net == 'simulated'").set_index(["name", "threshold", "min_exit"]).value
+    rows = run.metrics.query("stage == 'evaluate' and policy == 'confidence' and victim == 1 "
+                             "and net == 'simulated'").set_index(["name", "threshold", "min_exit"]).value
     explorer.net.value = ("simulated", 1)
     for T, start in ((.9, 0), (.35, 2), (.05, 3)):
         explorer.knob.value, explorer.start.value = T, start
@@ -81,11 +86,13 @@ def test_the_marks_are_what_the_run_recorded(explorer, run):
 
 
 def test_the_heat_map_is_the_recorded_grid(explorer, run):
-    rows = run.metrics.query("stage == 'evaluate' and policy == 'confidence' and victim == 0 and net == 'clean' and name == 'asr'")
+    rows = run.metrics.query("stage == 'evaluate' and policy == 'confidence' and victim == 0 "
+                             "and net == 'clean' and name == 'asr'")
     grid = rows.pivot_table(index="threshold", columns="min_exit", values="value")
     explorer.net.value = ("clean", 0)
     drawn = [t for t in explorer.draw("Exits")["board"]["data"] if t["type"] == "heatmap"][1]["z"]
-    assert torch.allclose(torch.tensor(drawn[:19]), torch.tensor(grid.to_numpy(float), dtype=torch.float32), atol=1e-6)
+    recorded = torch.tensor(grid.to_numpy(float), dtype=torch.float32)
+    assert torch.allclose(torch.tensor(drawn[:19]), recorded, atol=1e-6)
     assert drawn[STEPS.index(.95)] == pytest.approx(grid.loc[.95].tolist())
 
 
@@ -97,13 +104,15 @@ def test_the_walker_shows_the_networks_of_the_run(explorer, run):
     label = int(logits.label[at])
     for axis, part in (("y", "clean"), ("y2", "triggered")):
         p = getattr(logits, part)[:, at].softmax(-1)[:, label]
-        drawn = next(t["y"] for t in board["data"] if t["yaxis"] == axis and t["name"].startswith("true class"))
+        drawn = next(t["y"] for t in board["data"] if t["yaxis"] == axis
+                     and t["name"].startswith("true class"))
         assert torch.allclose(torch.tensor(drawn), p, atol=1e-4)
 
 
 def test_trigger_controls(explorer):
     def change():
-        return sum(next(t["y"] for t in explorer.draw("One image")["board"]["data"] if t.get("name") == "relative change of the features"))
+        return sum(next(t["y"] for t in explorer.draw("One image")["board"]["data"]
+                        if t.get("name") == "relative change of the features"))
 
     full = change()
     explorer.opacity.value = .2
@@ -133,7 +142,8 @@ def test_a_page_has_one_interactive_figure_and_follows_its_controls(explorer):
     explorer.knob.value = .5
     assert figures[0].layout.shapes[0].x0 == .5
     explorer.policy.value = "patience"
-    assert figures[0].layout.xaxis.title.text == explorer.knob.description == "repetitions P" and tuple(figures[0].data[0].x) == (1, 2, 3)
+    assert figures[0].layout.xaxis.title.text == explorer.knob.description == "repetitions P"
+    assert tuple(figures[0].data[0].x) == (1, 2, 3)
     names = {c for w in widgets(box) for c in w._dom_classes}
     assert {"view", "net", "policy", "knob", "min-exit"} <= names
 
@@ -143,7 +153,8 @@ def test_one_broken_view_leaves_the_others_alone(copy):
     explorer = BackdoorExplorer(copy)
     explorer.show()
     explorer.page.view.value = "One image"
-    assert "no usable checkpoint of stage inject" in explorer.page.text.value and not explorer.page.canvas.figure.data
+    assert "no usable checkpoint of stage inject" in explorer.page.text.value
+    assert not explorer.page.canvas.figure.data
     explorer.page.view.value = "Policies"
     assert "simulated" in explorer.page.text.value and explorer.page.canvas.figure.data
 
@@ -183,11 +194,15 @@ def test_a_simulation_says_what_it_is(run):
 
 
 def scan_report():
-    rows = [dict(exit=e, cls=c, method="refine", window=3, ef=.9 if (e, c) == (2, 9) else .1, vanilla=0., pattern="free") for e in (2, 3, 6) for c in range(10)]
+    rows = [dict(exit=e, cls=c, method="refine", window=3, ef=.9 if (e, c) == (2, 9) else .1, vanilla=0.,
+                 pattern="free")
+            for e in (2, 3, 6) for c in range(10)]
     mask = torch.zeros(1, 16, 16)
     mask[:, 10:15, 10:15] = 1
-    patches = [RecoveredPatch(torch.ones(1, 16, 16), mask, r["exit"], r["cls"], "refine", r["ef"]) for r in rows]
-    return ExitScanReport(pd.DataFrame(rows), patches, dict(exits=[2, 3], blocks=6, classes=10, shape=(1, 16, 16), accuracy=.97))
+    patches = [RecoveredPatch(torch.ones(1, 16, 16), mask, r["exit"], r["cls"], "refine", r["ef"])
+               for r in rows]
+    return ExitScanReport(pd.DataFrame(rows), patches,
+                          dict(exits=[2, 3], blocks=6, classes=10, shape=(1, 16, 16), accuracy=.97))
 
 
 def test_a_scan_kept_in_the_run_is_shown(copy):
@@ -195,7 +210,8 @@ def test_a_scan_kept_in_the_run_is_shown(copy):
     write_scan(copy.path, report)
     shown = BackdoorExplorer(copy).draw("ExitScan")
     heat = shown["board"]["data"][0]
-    assert heat["z"][0][9] == .9 and report.verdict in shown["text"] and "exit 2: 1.00" in shown["text"]   # the mask is the trigger's square
+    # the mask is the trigger's square
+    assert heat["z"][0][9] == .9 and report.verdict in shown["text"] and "exit 2: 1.00" in shown["text"]
     assert read_scan(copy.path).min_exit == report.min_exit == 3 and "start at exit 3" in shown["text"]
     direct = BackdoorExplorer(copy, scan=report).draw("ExitScan")
     assert direct["board"]["data"] == shown["board"]["data"]
@@ -203,8 +219,10 @@ def test_a_scan_kept_in_the_run_is_shown(copy):
 
 def test_defences_of_the_run_are_shown(explorer, run):
     heat = explorer.draw("Defences")["board"]["data"][0]
-    rows = run.metrics.query("stage == 'defence' and name == 'auroc' and net == 'simulated' and defence == 'STRIP'").set_index("view").value
-    assert heat["z"][heat_rows(explorer).index("STRIP")][:4] == pytest.approx(rows[["vanilla", "exit 0", "exit 1", "exit 2"]].tolist())
+    rows = run.metrics.query("stage == 'defence' and name == 'auroc' and net == 'simulated' "
+                             "and defence == 'STRIP'").set_index("view").value
+    recorded = rows[["vanilla", "exit 0", "exit 1", "exit 2"]].tolist()
+    assert heat["z"][heat_rows(explorer).index("STRIP")][:4] == pytest.approx(recorded)
     explorer.number.value = "asr_change"
     assert "checks=all" in str(explorer.draw("Defences")["board"]["layout"]["annotations"])
 
@@ -236,10 +254,12 @@ def seconds(control, values, draw):
 def test_a_move_takes_less_than_a_tenth_of_a_second(explorer, capsys):
     explorer.show()
     moves = {}
-    for view, control in (("Policies", explorer.knob), ("Policies", explorer.start), ("Exits", explorer.knob), ("One image", explorer.image), ("One image", explorer.row)):
+    for view, control in (("Policies", explorer.knob), ("Policies", explorer.start), ("Exits", explorer.knob),
+                          ("One image", explorer.image), ("One image", explorer.row)):
         explorer.page.view.value = view
         values = explorer.values if control is explorer.knob else range(control.min, min(control.max, 12) + 1)
-        moves[view, control._dom_classes[-1]] = seconds(control, values, lambda: None)   # the page draws by itself
+        # the page draws by itself
+        moves[view, control._dom_classes[-1]] = seconds(control, values, lambda: None)
     with capsys.disabled():
         print("\nseconds a move, page included:", {" ".join(k): round(v, 4) for k, v in moves.items()})
     assert max(moves.values()) < .1, moves
@@ -248,7 +268,8 @@ def test_a_move_takes_less_than_a_tenth_of_a_second(explorer, capsys):
 def test_published_scale_stays_interactive(capsys):
     """28 outputs, 10,000 images: a first look at a starting exit, and moves of the knob after it."""
     g = torch.Generator().manual_seed(0)
-    logits = ExitLogits(*(torch.randn(28, 10_000, 10, generator=g) * 3 for _ in range(2)), torch.randint(10, (10_000,), generator=g))
+    logits = ExitLogits(*(torch.randn(28, 10_000, 10, generator=g) * 3 for _ in range(2)),
+                        torch.randint(10, (10_000,), generator=g))
     net = CachedNet(logits, 9, torch.linspace(.05, 1, 28, dtype=torch.float64))
     began = time.perf_counter()
     net.sweep("confidence", 3)
@@ -266,7 +287,8 @@ def test_the_dashboard_notebook(run, monkeypatch):
     """Three cells: imports, the run that the environment names, and the page."""
     nb = nbformat.read(ROOT / "nbs" / "dashboards" / "backdoor.ipynb", 4)
     code = [c.source for c in nb.cells if c.cell_type == "code"]
-    assert len(code) == 3 and "skip_exec: true" in nb.cells[0].source and "skip_showdoc: true" in nb.cells[0].source
+    assert len(code) == 3 and "skip_exec: true" in nb.cells[0].source
+    assert "skip_showdoc: true" in nb.cells[0].source
     assert not any(c.outputs for c in nb.cells if c.cell_type == "code") and "widgets" not in nb.metadata
     monkeypatch.setenv("VISIONBENCH_RUN", str(run.path))
     space = {}

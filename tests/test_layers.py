@@ -32,7 +32,8 @@ def only_here(package, room, path, inside_function):
 
 def imports(tree, package):
     """(absolute name, inside a function?, line) of every import in a module that lies in `package`."""
-    inner = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) for n in ast.walk(f)}
+    inner = {id(n) for f in ast.walk(tree)
+             if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) for n in ast.walk(f)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -64,7 +65,8 @@ def breaks(source, path):
 
 def modules():
     """Every exported module, as its path below visionbench/."""
-    return [p.relative_to(ROOT / "visionbench").as_posix() for p in sorted((ROOT / "visionbench").rglob("*.py")) if p.name[0] != "_"]
+    return [p.relative_to(ROOT / "visionbench").as_posix()
+            for p in sorted((ROOT / "visionbench").rglob("*.py")) if p.name[0] != "_"]
 
 
 @pytest.mark.parametrize("path", modules())
@@ -95,13 +97,13 @@ def test_a_planted_break_is_found(path, source):
 
 @pytest.mark.parametrize(("path", "source"), [
     ("data/slices.py", "from ..physics.ct import project"),
-    ("systems/mar/fit.py", "from .config import Config\nfrom ...train.learner import Learner\nfrom ...view.curves import plot"),
+    ("systems/mar/fit.py",
+     "from .config import Config\nfrom ...train.learner import Learner\nfrom ...view.curves import plot"),
     ("systems/mar/explorer.py", "import ipywidgets"),
     ("view/controls.py", "import ipywidgets as w"),
     ("runs/execute.py", "def f():\n    import papermill"),
     ("docs.py", "def f():\n    from nbdev.config import get_config"),
-    ("cli.py", "from visionbench import __version__\nfrom .runs import record"),
-])
+    ("cli.py", "from visionbench import __version__\nfrom .runs import record"),])
 def test_an_allowed_import_passes(path, source):
     assert not [*breaks(source, path)]
 

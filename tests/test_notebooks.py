@@ -1,4 +1,5 @@
-"""Every notebook runs from top to bottom, as nbdev runs it: cells marked `eval: false` or with a flag of settings.ini are left out."""
+"""Every notebook runs from top to bottom, as nbdev runs it: cells marked `eval: false` or with a flag of
+settings.ini are left out."""
 import os
 import sys
 import warnings
@@ -6,7 +7,8 @@ import warnings
 import pytest
 from conftest import ROOT, notebooks
 
-FILES = [pytest.param(path, id=path.relative_to(ROOT / "nbs").with_suffix("").as_posix()) for path in notebooks()]
+FILES = [pytest.param(path, id=path.relative_to(ROOT / "nbs").with_suffix("").as_posix())
+         for path in notebooks()]
 
 
 @pytest.fixture
@@ -15,7 +17,8 @@ def clean_process():
     import matplotlib.pyplot as plt
     import torch
 
-    cwd, env, paths, dtype, threads = os.getcwd(), dict(os.environ), list(sys.path), torch.get_default_dtype(), torch.get_num_threads()
+    cwd, env, paths = os.getcwd(), dict(os.environ), list(sys.path)
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     exact = torch.are_deterministic_algorithms_enabled()
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), plt.rc_context():
         yield
@@ -44,7 +47,8 @@ def test_a_failing_notebook_is_found(tmp_path, clean_process, capfd):
     import nbformat
     from nbdev.test import test_nb as run_notebook
 
-    for source, passes in (("assert 1 == 2", False), ("#| gpu\nassert 1 == 2", True), ("#| eval: false\nassert 1 == 2", True)):
+    for source, passes in (("assert 1 == 2", False), ("#| gpu\nassert 1 == 2", True),
+                           ("#| eval: false\nassert 1 == 2", True)):
         path = tmp_path / "wrong.ipynb"
         nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]), path)
         assert run_notebook(path, skip_flags=["gpu"])[0] is passes, source

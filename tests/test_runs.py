@@ -1,4 +1,5 @@
-"""A run through papermill, from the command line to the folder: kept, made again, resumed after a kill, shared by two processes."""
+"""A run through papermill, from the command line to the folder: kept, made again, resumed after a kill,
+shared by two processes."""
 import json
 import os
 import re
@@ -43,25 +44,31 @@ def test_a_run_prints_its_folder_and_nothing_else(finished):
 def test_a_run_is_a_complete_folder(finished):
     folder = finished[0].one()
     names = {p.name for p in folder.iterdir() if not p.name.startswith(".")}
-    assert names == {"settings.json", "environment.json", "metrics.parquet", "claims.json", "status.json", "run.ipynb", "checkpoints", "figures"}
+    assert names == {"settings.json", "environment.json", "metrics.parquet", "claims.json", "status.json",
+                     "run.ipynb", "checkpoints", "figures"}
     run = Run.open(folder)
     assert (run.state, run.status["notebook"], run.status["reason"]) == ("done", "done", "")
-    assert run.settings["method"] == "learner" and run.settings["out"] == str(folder.parent.parent) and run.checkpoint.is_file()
-    assert run.metrics.query("name == 'mse'").epoch.tolist() == [1, 2, 3, 4] and [c["holds"] for c in run.claims] == [None] * 3
+    assert run.settings["method"] == "learner" and run.settings["out"] == str(folder.parent.parent)
+    assert run.checkpoint.is_file()
+    assert run.metrics.query("name == 'mse'").epoch.tolist() == [1, 2, 3, 4]
+    assert [c["holds"] for c in run.claims] == [None] * 3
 
 
 def test_progress_is_shown_and_not_saved(finished):
     toy, done = finished
-    assert "toy small seed 0" in done.stderr and "train:" in done.stderr and "training from step 0" in done.stderr
+    assert "toy small seed 0" in done.stderr and "train:" in done.stderr
+    assert "training from step 0" in done.stderr
     assert "without encryption" not in done.stderr and "Traceback" not in done.stderr
     cells = nbformat.read(toy.one() / "run.ipynb", as_version=4).cells
-    stderr = "".join(o.text for c in cells for o in c.get("outputs", []) if o.output_type == "stream" and o.name == "stderr")
+    stderr = "".join(o.text for c in cells for o in c.get("outputs", []) if o.output_type == "stream"
+                     and o.name == "stderr")
     assert stderr == "training from step 0\n"
 
 
 def test_the_notebook_keeps_figures_and_parameters(finished):
     cells = nbformat.read(finished[0].one() / "run.ipynb", as_version=4).cells
-    assert sum("image/png" in o.get("data", {}) for c in cells for o in c.get("outputs", [])) == 1  # although MPLBACKEND was agg
+    # although MPLBACKEND was agg
+    assert sum("image/png" in o.get("data", {}) for c in cells for o in c.get("outputs", [])) == 1
     assert 'preset = "small"' in cells[1].source and f'out = "{finished[0].out}"' in cells[1].source
 
 
@@ -89,12 +96,14 @@ def test_another_version_is_told(finished, capsys):
 def test_settings_reach_the_notebook_and_fresh_starts_anew(toy, monkeypatch):
     other = toy.folder / "jupyter" / "kernels" / "python3"  # a kernel of another Python under the usual name
     other.mkdir(parents=True)
-    (other / "kernel.json").write_text(json.dumps(dict(argv=["/bin/false"], display_name="Python 3", language="python")))
+    (other / "kernel.json").write_text(
+        json.dumps(dict(argv=["/bin/false"], display_name="Python 3", language="python")))
     words = ("--set", "rates=[1e-3, 2]", "--set", "steps=2", "--seed", "7")
     first = toy.run(*words, JUPYTER_PATH=str(toy.folder / "jupyter"))
     assert first.returncode == 0, first.stderr
     settings = Run.open(toy.one()).settings
-    assert (settings["rates"], settings["steps"], settings["seed"]) == ([0.001, 2.0], 2, 7) and toy.one().name.endswith("-s7")
+    assert (settings["rates"], settings["steps"], settings["seed"]) == ([0.001, 2.0], 2, 7)
+    assert toy.one().name.endswith("-s7")
     metrics = pd.read_parquet(toy.one() / "metrics.parquet")
     started, extra = status(toy.one())["started"], toy.one() / "figures" / "old.png"
     extra.write_text("")
@@ -116,7 +125,8 @@ def test_resume_after_kill_9_equals_an_undisturbed_run(toy, finished):
     assert after.returncode == 0, after.stderr
     begun = int(re.search(r"training from step (\d+)", after.stderr)[1])
     assert 10 <= begun < 32
-    pd.testing.assert_frame_equal(Run.open(toy.one()).metrics, Run.open(finished[0].one()).metrics, check_exact=True)
+    pd.testing.assert_frame_equal(Run.open(toy.one()).metrics, Run.open(finished[0].one()).metrics,
+                                  check_exact=True)
     assert status(toy.one())["notebook"] == "done"
 
 
@@ -128,7 +138,8 @@ def test_two_processes_share_one_run(toy, finished):
     assert said[0][0] == said[1][0] == f"{toy.one()}\n"
     assert sum("training from step" in err for _, err in said) == 1
     assert sum("waiting: another process" in err and "kept:" in err for _, err in said) == 1
-    pd.testing.assert_frame_equal(Run.open(toy.one()).metrics, Run.open(finished[0].one()).metrics, check_exact=True)
+    pd.testing.assert_frame_equal(Run.open(toy.one()).metrics, Run.open(finished[0].one()).metrics,
+                                  check_exact=True)
 
 
 @pytest.mark.slow
@@ -138,16 +149,19 @@ def test_ctrl_c_ends_the_kernel_and_leaves_a_run_to_resume(toy):
     kernels = children(process.pid)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and out == "" and "interrupted; the same command resumes" in err and "Traceback" not in err
+    assert process.returncode == 130 and out == "" and "interrupted; the same command resumes" in err
+    assert "Traceback" not in err
     wait_for(lambda: not any(psutil.pid_exists(k) for k in kernels), 20)
     run = Run.open(toy.one())
-    assert run.state == "interrupted" and run.status["reason"] == "interrupted by KeyboardInterrupt" and run.checkpoint.is_file()
+    assert run.state == "interrupted" and run.status["reason"] == "interrupted by KeyboardInterrupt"
+    assert run.checkpoint.is_file()
 
 
 def test_train_gives_the_same_numbers_without_a_notebook(toy, finished):
     done = toy.here("train", "toy", *SMALL)
     assert done.exit_code == 0 and done.stdout == f"{toy.one()}\n" and not (toy.one() / "run.ipynb").exists()
-    pd.testing.assert_frame_equal(Run.open(toy.one()).metrics, Run.open(finished[0].one()).metrics, check_exact=True)
+    pd.testing.assert_frame_equal(Run.open(toy.one()).metrics, Run.open(finished[0].one()).metrics,
+                                  check_exact=True)
 
 
 def test_every_system_has_its_notebook():

@@ -1,4 +1,5 @@
-"""A small system for tests of runs and of the command line: written as a package into a folder, run by `visionbench` like any other."""
+"""A small system for tests of runs and of the command line: written as a package into a folder, run by
+`visionbench` like any other."""
 import json
 import os
 import signal
@@ -23,7 +24,8 @@ from visionbench.core.config import Config, option
 
 @dataclass(frozen=True)
 class ToyConfig(Config):
-    method: str = option("halve", "halve needs no torch, learner trains a small net", choices=("halve", "learner"))
+    method: str = option("halve", "halve needs no torch, learner trains a small net",
+                         choices=("halve", "learner"))
     steps: int = option(3, "how often to halve", low=0)
     lr: float = option(.05, "learning rate", low=0)
     rates: tuple[float, ...] = option((.5, .25), "travels to the notebook and back")
@@ -80,7 +82,8 @@ def train(config, run):
         net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(.2), nn.Linear(8, 1))
     loader = batches(DictData(x=x, y=x.sum(1, keepdim=True)), 8, seed=config.seed)
     folder = run.path / "checkpoints" / "train"
-    Learner(net, lambda out, b: dict(mse=(out - b["y"]).square().mean()), loader, torch.optim.SGD(net.parameters(), config.lr, momentum=.9),
+    sgd = torch.optim.SGD(net.parameters(), config.lr, momentum=.9)
+    Learner(net, lambda out, b: dict(mse=(out - b["y"]).square().mean()), loader, sgd,
             [ScheduleCB(one_cycle(config.lr)), RecordCB(run, "train"), ProgressCB("train"),
              CheckpointCB(folder, f"{config.hash}/{config.seed}", every=5, keep=3), Trouble()],
             forward=lambda m, b: m(b["x"]), seed=config.seed, device="cpu").fit(config.epochs)
@@ -116,17 +119,18 @@ out: str = ""
 changes: dict = {}'''
 
 CELLS = (
-    "import os, sys\nimport matplotlib.pyplot as plt\nfrom toysystem.config import ToyConfig\nfrom toysystem.fit import fit",
+    "import os, sys\nimport matplotlib.pyplot as plt\n"
+    "from toysystem.config import ToyConfig\nfrom toysystem.fit import fit",
     'if os.environ.get("TOY_BREAK") == "before": raise LookupError("a cell before fit")\n'
     "config = ToyConfig.start(preset, seed=seed, device=device, data=data, out=out, **changes)",
     "run = fit(config)\nprint(run)",
     "fig, ax = plt.subplots(figsize=(2, 1)); ax.plot(run.metrics.value); plt.show()",
-    'if os.environ.get("TOY_BREAK") == "after": raise LookupError("a cell after fit")\nrun.claims',
-)
+    'if os.environ.get("TOY_BREAK") == "after": raise LookupError("a cell after fit")\nrun.claims',)
 
 
 class Toy:
-    """The toy in a folder; `toy.run()` is `visionbench run toy` in a process of its own, `toy.here("run", "toy")` in this one."""
+    """The toy in a folder; `toy.run()` is `visionbench run toy` in a process of its own, `toy.here("run",
+    "toy")` in this one."""
 
     def __init__(self, folder, monkeypatch=None):
         self.folder, self.out = folder, folder / "runs"
@@ -154,16 +158,19 @@ class Toy:
 
     def write_notebook(self, *cells, parameters=PARAMETERS, tags=("parameters",)):
         """Write toy.ipynb: parameters, then the usual cells or `cells`."""
-        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in (parameters, *(cells or CELLS))])
+        nb = nbformat.v4.new_notebook(
+            cells=[nbformat.v4.new_code_cell(c) for c in (parameters, *(cells or CELLS))])
         nb.cells[0].metadata.tags = list(tags)
         nb.metadata.kernelspec = {"name": "python3", "display_name": "python3", "language": "python"}
         nbformat.write(nb, self.folder / "toy.ipynb")
 
     def start(self, *words, **env):
         """Start a command in a process group of its own."""
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(self.folder), str(ROOT)]), "OMP_NUM_THREADS": "1", **env}
-        return subprocess.Popen([sys.executable, str(self.folder / "drive.py"), *map(str, words)], cwd=self.folder, env=env, text=True,
-                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(self.folder), str(ROOT)]),
+               "OMP_NUM_THREADS": "1", **env}
+        return subprocess.Popen([sys.executable, str(self.folder / "drive.py"), *map(str, words)],
+                                cwd=self.folder, env=env, text=True, stdin=subprocess.DEVNULL,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
     def call(self, *words, timeout=120, **env):
         """Run a command to its end; the result has returncode, stdout and stderr."""

@@ -33,7 +33,8 @@ def plotly_outputs(
 
             figure = {key: data[PLOTLY].get(key, {}) for key in ("data", "layout")}
             name = hashlib.sha1(f"{cell.get('id')} {n} {json.dumps(figure)}".encode()).hexdigest()[:12]
-            data["text/html"] = to_html(figure, include_plotlyjs=False, full_html=False, validate=False, div_id=f"plotly-{name}")
+            data["text/html"] = to_html(figure, include_plotlyjs=False, full_html=False, validate=False,
+                                        div_id=f"plotly-{name}")
 
 # %% ../nbs/docs.ipynb #2f5463d8
 PLACE = re.compile(r"\((/[\w/]+\.html#\w+)(\.\w+)\)")  # a link to a method: page, class, name
@@ -44,8 +45,10 @@ def places(
     name: str,  # its address in the site, e.g. "/nn/exits.html"
 ) -> set[str]:  # addresses of the definitions it shows
     "Where on a page each definition is shown: nbdev writes a heading for it."
-    shown = ["".join(out.get("data", {}).get("text/markdown", "")) for cell in page["cells"] for out in cell.get("outputs", [])]
-    return {f"{name}#{title.lower()}" for text in shown for title in re.findall(r"^#{2,4} (\S+)$", text, flags=re.M)}
+    shown = ["".join(out.get("data", {}).get("text/markdown", "")) for cell in page["cells"]
+             for out in cell.get("outputs", [])]
+    return {f"{name}#{title.lower()}" for text in shown
+            for title in re.findall(r"^#{2,4} (\S+)$", text, flags=re.M)}
 
 
 def finish_page(
@@ -54,7 +57,8 @@ def finish_page(
     there: set[str] = set(),  # places that exist in the site
 ) -> bool:                    # whether the page needs plotly.min.js
     "Make front matter and links of a staged page mean the same to Quarto and to smalldocs."
-    page["metadata"].pop("widgets", None)  # an empty state that would make Quarto load a widget manager from the net
+    # an empty state that would make Quarto load a widget manager from the net
+    page["metadata"].pop("widgets", None)
     plotly = any(PLOTLY in out.get("data", {}) for cell in page["cells"] for out in cell.get("outputs", []))
     place = lambda link: f"({link[1]}{link[2] if link[1] + link[2] in there else ''})"
     for cell in (c for c in page["cells"] if c["cell_type"] == "markdown"):
@@ -76,11 +80,13 @@ def project(
 ):
     "Work inside the checkout `root`, or raise DocsError where it is none or nbdev is missing."
     if not (Path(root) / "settings.ini").is_file():
-        raise DocsError(f"the site is built in a checkout, and {Path(root).resolve()} has no settings.ini: run this in a clone")
+        raise DocsError(f"the site is built in a checkout, and {Path(root).resolve()} has no settings.ini: "
+                        "run this in a clone")
     try:
         from nbdev.config import get_config
     except ImportError as error:
-        raise DocsError(f"building the site needs the development tools ({error}); run `make setup`") from error
+        raise DocsError(f"building the site needs the development tools ({error}); "
+                        "run `make setup`") from error
     with contextlib.chdir(root):
         get_config.cache_clear()
         yield get_config()
@@ -90,7 +96,7 @@ def stage(
     root: str | Path = ".", # the checkout
     workers: int = 2,       # processes; 0 for none, e.g. in a notebook
 ) -> Path:                  # the folder `_proc`, ready to render
-    "Copy the notebooks to `_proc/`, with signatures, links and plotly figures as pages need them; DocsError when a page is lost."
+    "Copy the notebooks to `_proc/`, with signatures, links, figures for pages; DocsError on a lost page."
     with project(root):
         from nbdev.doclinks import _build_modidx, nbglob
         from nbdev.serve import proc_nbs
@@ -99,12 +105,14 @@ def stage(
         try:
             proc_nbs("nbs", n_workers=workers, force=True)
         except Exception as error:  # whatever a notebook raises
-            raise DocsError(f"staging, which executes the cells with exports or imports alone, failed: {error}") from error
+            raise DocsError("staging, which executes the cells with exports or imports alone, failed: "
+                            f"{error}") from error
         here, wanted = Path("_proc").resolve(), [Path(p).relative_to("nbs") for p in nbglob("nbs")]
         if lost := [str(p) for p in wanted if not (here / p).exists()]:
             raise DocsError(f"not staged: {', '.join(lost)}")
         pages = {p: json.loads((here / p).read_text(encoding="utf-8")) for p in wanted}
-        there = set().union(*[places(page, f"/{p.with_suffix('.html').as_posix()}") for p, page in pages.items()])
+        there = set().union(*[places(page, f"/{p.with_suffix('.html').as_posix()}")
+                              for p, page in pages.items()])
         plotly = [finish_page(page, "../" * (len(p.parts) - 1), there) for p, page in pages.items()]
         for p, page in pages.items():
             (here / p).write_text(json.dumps(page, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -118,16 +126,18 @@ def stage(
 def render(
     staged: Path, # the folder `_proc`
 ) -> Path:        # the rendered site, `_proc/_docs`
-    "Render staged pages with Quarto if it is on PATH, else with smalldocs, where a broken link or an ignored option is a DocsError."
+    "Render staged pages by Quarto if on PATH, else by smalldocs; DocsError on a bad link or ignored option."
     if quarto := shutil.which("quarto"):
         commands = [[quarto, "render", str(staged), "--no-cache"]]
     else:
         smalldocs = [sys.executable, "-m", "smalldocs.cli"]
-        commands = [[*smalldocs, "check", str(staged)], [*smalldocs, "render", "--strict", "--quiet", str(staged)]]
+        commands = [[*smalldocs, "check", str(staged)],
+                    [*smalldocs, "render", "--strict", "--quiet", str(staged)]]
     for command in commands:
         done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if done.returncode:
-            raise DocsError(f"{Path(command[0]).name} {command[-2]} failed:\n{done.stdout}".replace(f"{staged}/", ""))
+            said = done.stdout.replace(f"{staged}/", "")
+            raise DocsError(f"{Path(command[0]).name} {command[-2]} failed:\n{said}")
     return staged / "_docs"
 
 # %% ../nbs/docs.ipynb #53547e8a
@@ -146,7 +156,8 @@ def readme_text(
         if re.search(r"^#\|\s*echo:\s*false", cell["source"], re.M):
             cell["metadata"] = type(nb)(transient=type(nb)(remove_source=True))
         cell["source"] = re.sub(r"^#\|.*\n?", "", cell["source"], flags=re.M)
-    text, files = MarkdownExporter().from_notebook_node(nb, resources={"unique_key": "index", "output_files_dir": "nbs/images"})
+    where = {"unique_key": "index", "output_files_dir": "nbs/images"}
+    text, files = MarkdownExporter().from_notebook_node(nb, resources=where)
     return LINK.sub("](nbs/", text).strip() + "\n", files.get("outputs", {})
 
 
@@ -170,7 +181,7 @@ def readme(
 def digest(
     root: str | Path = ".", # the checkout
 ) -> str:                   # 64 hexadecimal digits
-    "What the site is made from, in one number: notebooks, modules, settings, README, and which renderer is there."
+    "What the site is made from, in one number: notebooks, modules, settings, README, and the renderer."
     root, state = Path(root), hashlib.sha256(str(bool(shutil.which("quarto"))).encode())
     trees = [*(root / "nbs").rglob("*"), *(root / "visionbench").rglob("*.py")]
     for path in sorted([*trees, *(root / n for n in ("settings.ini", "_quarto.yml", "README.md"))]):
@@ -184,7 +195,7 @@ def build(
     force: bool = False,    # build even when nothing changed
     workers: int = 2,       # processes that stage
 ) -> Path:                  # the site, `_docs`; open index.html in it
-    "Write README.md and build the site into `_docs/`; DocsError on a broken link, an ignored option or a page left out."
+    "Write README.md, build the site into `_docs/`; DocsError on a bad link, ignored option or lost page."
     site = Path(root).resolve() / "_docs"
     stamp = site / ".sources"
     if not force and stamp.is_file() and stamp.read_text() == digest(root):
@@ -203,7 +214,7 @@ def execute_notebooks(
     flags=("notest", "slow", "gpu", "browser"), # cells marked `#| flag` keep the outputs they have
     timeout: int = 600,  # seconds a cell may take
 ) -> list[Path]:         # those that ran
-    "Run notebooks from top to bottom and save their outputs; nbclient's CellExecutionError when a cell fails."
+    "Run notebooks from top to bottom and save their outputs; nbclient's CellExecutionError if a cell fails."
     import nbformat
     from nbclient import NotebookClient
 
@@ -217,10 +228,12 @@ def execute_notebooks(
             continue
         kept = [(cell, cell.pop("metadata")) for cell in nb.cells]
         for cell, _ in kept:
-            cell.metadata = nbformat.from_dict({"tags": ["skip-execution"]} if skip.search(cell.source) else {})
+            marked = skip.search(cell.source)
+            cell.metadata = nbformat.from_dict({"tags": ["skip-execution"]} if marked else {})
         where = {"metadata": {"path": str(path.parent)}}
         with kernel_environment():
-            NotebookClient(nb, timeout=timeout, store_widget_state=False, extra_arguments=["--log-level=ERROR"], resources=where).execute()
+            NotebookClient(nb, timeout=timeout, store_widget_state=False, resources=where,
+                           extra_arguments=["--log-level=ERROR"]).execute()
         for cell, metadata in kept:
             cell.metadata = metadata
         nbformat.write(nb, path)
@@ -235,14 +248,17 @@ def main(
     "`python -m visionbench.docs`: build the site, or with --execute run notebooks again."
     parser = argparse.ArgumentParser(prog="visionbench.docs", description=main.__doc__)
     parser.add_argument("--force", action="store_true", help="build even when nothing changed")
-    parser.add_argument("--execute", nargs="*", metavar="NOTEBOOK", help="run these notebooks, or all, and save their outputs")
+    parser.add_argument("--execute", nargs="*", metavar="NOTEBOOK",
+                        help="run these notebooks, or all, and save their outputs")
     args = parser.parse_args(argv)
     os.environ.pop("IN_TEST", None)  # nbdev writes no index where it is set
     try:
         if args.execute is None:
             return print(build(force=args.force) / "index.html")
-        for path in args.execute or [p for p in sorted(Path("nbs").rglob("*.ipynb")) if not any(x[0] in "._" for x in p.parts)]:
-            print(Path(path).name, "ran" if execute_notebooks([path]) else "skipped, it says skip_exec", flush=True)
+        every = [p for p in sorted(Path("nbs").rglob("*.ipynb")) if not any(x[0] in "._" for x in p.parts)]
+        for path in args.execute or every:
+            said = "ran" if execute_notebooks([path]) else "skipped, it says skip_exec"
+            print(Path(path).name, said, flush=True)
     except DocsError as error:
         sys.exit(f"visionbench: {error}")
 

@@ -15,7 +15,8 @@ from visionbench.systems.backdoor.verdict import Thresholds, judge
 
 NET = cifar_resnet(8, 4, 1, 4)
 X, Y = torch.rand(120, 1, 16, 16, generator=generator(0)), torch.arange(4).repeat(30)
-LIGHT = dict(exits=(1,), windows=(3,), steps=2, patterns=1, screened=8, epochs=1, methods=("refine",), device="cpu")
+LIGHT = dict(exits=(1,), windows=(3,), steps=2, patterns=1, screened=8, epochs=1,
+             methods=("refine",), device="cpu")
 
 
 def says(text, error=ValueError):
@@ -45,14 +46,16 @@ def test_exits_out_of_range_or_order(exits):
 
 
 @pytest.mark.parametrize("settings,text", [
-    (dict(windows=(5, 3)), "expected sides increasing by even steps"), (dict(windows=(3, 6)), "even steps"), (dict(windows=()), "even steps"),
+    (dict(windows=(5, 3)), "expected sides increasing by even steps"), (dict(windows=(3, 6)), "even steps"),
+    (dict(windows=()), "even steps"),
     (dict(methods=("refine", "luck")), "['luck']: accepted are refine, dictionary, inversion")])
 def test_settings(settings, text):
     with says(text): ExitScan(**settings)
 
 
 def test_window_larger_than_the_image():
-    with says("a window of 17 pixels does not fit an image of 16"): ExitScan(**LIGHT | dict(windows=(17,))).run(NET, X, Y)
+    with says("a window of 17 pixels does not fit an image of 16"):
+        ExitScan(**LIGHT | dict(windows=(17,))).run(NET, X, Y)
 
 
 def test_a_net_that_cannot_be_cut():
@@ -66,7 +69,8 @@ def test_a_net_that_cannot_be_cut():
 
 def test_null_population_of_other_settings():
     clean = ExitScan(**LIGHT).scan(NET, X, Y)
-    with says("null population: windows (3,) there, (5,) here"): ExitScan(null=[clean], **LIGHT | dict(windows=(5,))).run(NET, X, Y)
+    with says("null population: windows (3,) there, (5,) here"):
+        ExitScan(null=[clean], **LIGHT | dict(windows=(5,))).run(NET, X, Y)
     other = ExitScan(**LIGHT).scan(cifar_resnet(14, 4, 1, 4), X, Y)
     with says("null population: blocks 6 there, 3 here"): ExitScan(null=[other], **LIGHT).run(NET, X, Y)
 
@@ -74,24 +78,28 @@ def test_null_population_of_other_settings():
 def test_asking_for_what_was_not_scanned():
     report = ExitScan(**LIGHT).run(NET, X, Y)
     for exit, cls in ((0, 1), (1, 9)):
-        with says(f"exit {exit}, class {cls} was not scanned; there are exits [1] and classes 0 … 3"): report.patch(exit, cls)
+        with says(f"exit {exit}, class {cls} was not scanned; there are exits [1] and classes 0 … 3"):
+            report.patch(exit, cls)
 
 
 def test_a_net_that_recognises_nothing_is_inconclusive():
     report = ExitScan(**LIGHT).run(NET, X, Y)
-    assert report.verdict == "inconclusive" and "check normalisation" in report.judgement.reason and report.min_exit == report.about["blocks"]
+    assert report.verdict == "inconclusive" and "check normalisation" in report.judgement.reason
+    assert report.min_exit == report.about["blocks"]
     assert judge(report.exits, [], 256, .95, Thresholds(flag=2., doubt=2.)).verdict == "not flagged"
 
 
 def test_the_network_is_left_as_it_was():
     before, mode = {k: v.clone() for k, v in NET.state_dict().items()}, NET.training
     ExitScan(**LIGHT).run(NET, X, Y)
-    assert NET.training == mode and all(torch.equal(v, before[k]) for k, v in NET.state_dict().items()) and all(p.requires_grad for p in NET.parameters())
+    assert NET.training == mode and all(torch.equal(v, before[k]) for k, v in NET.state_dict().items())
+    assert all(p.requires_grad for p in NET.parameters())
 
 
 def test_repair_without_labels():
     patch = RecoveredPatch(torch.zeros(1, 16, 16), torch.zeros(1, 16, 16), 0, 0, "refine", 0.)
-    with says("expected image and label"): unlearn_at_exits(MultiExitNet.from_vanilla(NET, input_shape=(1, 16, 16)), patch, DictData(image=X))
+    with says("expected image and label"):
+        unlearn_at_exits(MultiExitNet.from_vanilla(NET, input_shape=(1, 16, 16)), patch, DictData(image=X))
 
 
 def test_files(tmp_path):
@@ -99,7 +107,9 @@ def test_files(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00")
     torch.save(NET, tmp_path / "whole.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    for name, text in (("cut.safetensors", "neither safetensors nor a state dict"), ("whole.pt", "without executing code"), ("list.pt", "holds a list, expected a state dict")):
+    for name, text in (("cut.safetensors", "neither safetensors nor a state dict"),
+                       ("whole.pt", "without executing code"),
+                       ("list.pt", "holds a list, expected a state dict")):
         with says(text): read_weights(tmp_path / name)
     with says("no folder or .npz file at", FileNotFoundError): read_data(tmp_path / "none")
     with says("holds no class folders", FileNotFoundError): read_data(tmp_path)
@@ -111,14 +121,18 @@ def test_files(tmp_path):
 def test_weights_and_names_that_do_not_fit():
     with says("the weights do not fit resnet14"): build_network("resnet14", NET.state_dict(), 16)
     with says("arch 'resnext' is unknown"): build_network("resnext", NET.state_dict(), 16)
-    with says("the weights do not fit resnet8: no stem.1.weight among ['a']"): build_network("resnet8", {"a": torch.zeros(3)}, 16)
+    with says("the weights do not fit resnet8: no stem.1.weight among ['a']"):
+        build_network("resnet8", {"a": torch.zeros(3)}, 16)
 
 
-@pytest.mark.parametrize("name,kind,size", [("vgg16_bn", "vgg16_bn_cifar", 32), ("mobilenet_v1", "mobilenet_v1_cifar", 32), ("resnet8", "cifar_resnet", 64)])
+@pytest.mark.parametrize("name,kind,size",
+                         [("vgg16_bn", "vgg16_bn_cifar", 32), ("mobilenet_v1", "mobilenet_v1_cifar", 32),
+                          ("resnet8", "cifar_resnet", 64)])
 def test_sizes_are_read_off_the_weights(name, kind, size):
     from visionbench.nn import mobilenet, resnet, vgg
     make = next(getattr(m, kind) for m in (mobilenet, resnet, vgg) if hasattr(m, kind))
-    net = (make(8, 7, 1, 4, [.4], [.2], stem_stride=2) if kind == "cifar_resnet" else make(7, 1, .125, size, [.4], [.2])).eval()
+    net = (make(8, 7, 1, 4, [.4], [.2], stem_stride=2) if kind == "cifar_resnet"
+           else make(7, 1, .125, size, [.4], [.2])).eval()
     shuffled = dict(sorted(net.state_dict().items()))
     x = torch.rand(2, 1, size, size)
     with torch.no_grad(): assert torch.equal(build_network(name, shuffled, size)(x), net(x))
@@ -128,9 +142,11 @@ def test_audit_of_an_npz_file_end_to_end(tmp_path):
     import numpy as np
     np.savez(tmp_path / "images.npz", image=(X * 255).byte().numpy(), label=Y.numpy())
     torch.save(NET.state_dict(), tmp_path / "net.pt")
-    page = audit_checkpoint(tmp_path / "net.pt", tmp_path / "images.npz", "resnet8", tmp_path / "page.html", [tmp_path / "net.pt"] * 3, size=16, **LIGHT)
+    page = audit_checkpoint(tmp_path / "net.pt", tmp_path / "images.npz", "resnet8", tmp_path / "page.html",
+                            [tmp_path / "net.pt"] * 3, size=16, **LIGHT)
     text = page.read_text(encoding="utf-8")
-    assert page == tmp_path / "page.html" and "<b>inconclusive</b>" in text and "3 clean networks" in text and str(tmp_path) not in text
+    assert page == tmp_path / "page.html" and "<b>inconclusive</b>" in text and "3 clean networks" in text
+    assert str(tmp_path) not in text
 
 
 def test_command_line(tmp_path):
@@ -141,9 +157,12 @@ def test_command_line(tmp_path):
     call = lambda *words: CliRunner().invoke(app, ["audit", *map(str, words)])
     np.savez(tmp_path / "images.npz", image=X.numpy(), label=Y.numpy())
     torch.save(NET.state_dict(), tmp_path / "net.pt")
-    for words, text in (((tmp_path / "none.pt", "--arch", "resnet8"), "no checkpoint at"), ((tmp_path / "net.pt", "--arch", "resnext"), "arch 'resnext' is unknown"),
-                        ((tmp_path / "net.pt", "--arch", "resnet8", "--data", tmp_path / "none"), "no folder or .npz file"),
-                        ((tmp_path / "net.pt", "--arch", "resnet8", "--data", tmp_path / "images.npz", "--exit", 7), "exits=[7]"),
+    for words, text in (((tmp_path / "none.pt", "--arch", "resnet8"), "no checkpoint at"),
+                        ((tmp_path / "net.pt", "--arch", "resnext"), "arch 'resnext' is unknown"),
+                        ((tmp_path / "net.pt", "--arch", "resnet8", "--data", tmp_path / "none"),
+                         "no folder or .npz file"),
+                        ((tmp_path / "net.pt", "--arch", "resnet8", "--data", tmp_path / "images.npz",
+                          "--exit", 7), "exits=[7]"),
                         ((tmp_path / "net.pt", "--arch", "no.such:net"), "No module named")):
         done = call(*words)
         assert done.exit_code == 2 and text in done.stderr and "Traceback" not in done.stderr, done.output

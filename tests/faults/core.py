@@ -1,4 +1,5 @@
-"""Settings, devices, batches and dict data given wrongly; the hash of settings against one computed by hand."""
+"""Settings, devices, batches and dict data given wrongly; the hash of settings against one computed by
+hand."""
 import hashlib
 import json
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ import torch
 
 from visionbench.core.config import Config, ConfigError, check_value, closest, option, settings_table
 from visionbench.core.files import atomic_write
-from visionbench.core.tensors import DictData, EpochBatches, batches, cpu_threads, generator, pick_device, seed_of
+from visionbench.core.tensors import (DictData, EpochBatches, batches, cpu_threads, generator,
+                                      pick_device, seed_of)
 
 
 @dataclass(frozen=True)
@@ -32,20 +34,22 @@ def says(*parts):
 
 
 @pytest.mark.parametrize("name,value,kind", [
-    ("steps", True, "bool"), ("steps", 3., "float"), ("steps", "3", "str"), ("steps", None, "NoneType"), ("steps", [3], "list"),
-    ("seed", True, "bool"), ("seed", 1.5, "float"), ("limit_batches", "1", "str"),
-    ("rate", "0.5", "str"), ("rate", True, "bool"), ("rate", None, "NoneType"), ("rate", (.5,), "tuple"), ("free", "nan", "str"),
-    ("method", 1, "int"), ("method", None, "NoneType"), ("out", None, "NoneType"), ("data", 3, "int"), ("device", torch.device("cpu"), "device"),
-    ("flag", 1, "int"), ("flag", "yes", "str"), ("flag", None, "NoneType"),
-    ("sizes", 3, "int"), ("sizes", "12", "str"), ("sizes", {1: 2}, "dict")])
+    ("steps", True, "bool"), ("steps", 3., "float"), ("steps", "3", "str"), ("steps", None, "NoneType"),
+    ("steps", [3], "list"), ("seed", True, "bool"), ("seed", 1.5, "float"), ("limit_batches", "1", "str"),
+    ("rate", "0.5", "str"), ("rate", True, "bool"), ("rate", None, "NoneType"), ("rate", (.5,), "tuple"),
+    ("free", "nan", "str"), ("method", 1, "int"), ("method", None, "NoneType"), ("out", None, "NoneType"),
+    ("data", 3, "int"), ("device", torch.device("cpu"), "device"), ("flag", 1, "int"), ("flag", "yes", "str"),
+    ("flag", None, "NoneType"), ("sizes", 3, "int"), ("sizes", "12", "str"), ("sizes", {1: 2}, "dict")])
 def test_a_value_of_the_wrong_type_is_named_with_both_types(name, value, kind):
-    want = dict(steps="int", seed="int", limit_batches="int", rate="float", free="float", flag="bool", sizes="tuple").get(name, "str")
+    want = dict(steps="int", seed="int", limit_batches="int", rate="float", free="float", flag="bool",
+                sizes="tuple").get(name, "str")
     with says(name, f"is {kind}, expected {want}"): ToyConfig().replace(**{name: value})
     with says(name, f"is {kind}, expected {want}"): ToyConfig(**{name: value})
 
 
-@pytest.mark.parametrize("name,value", [("sizes", ["a"]), ("sizes", (1, 2.5)), ("sizes", (True,)), ("sizes", (None,)), ("shares", ("0.5",)),
-                                        ("shares", (.5, None)), ("shares", ([.5],))])
+@pytest.mark.parametrize("name,value",
+                         [("sizes", ["a"]), ("sizes", (1, 2.5)), ("sizes", (True,)), ("sizes", (None,)),
+                          ("shares", ("0.5",)), ("shares", (.5, None)), ("shares", ([.5],))])
 def test_elements_of_a_list_have_types_too(name, value):
     with says(name, "expected"): ToyConfig().replace(**{name: value})
 
@@ -53,14 +57,16 @@ def test_elements_of_a_list_have_types_too(name, value):
 def test_what_is_widened():
     config = ToyConfig(rate=1, sizes=[3, 4], shares=[1, 0])
     assert (config.rate, config.sizes, config.shares) == (1., (3, 4), (1., 0.))
-    assert isinstance(config.rate, float) and isinstance(config.sizes, tuple) and all(isinstance(s, float) for s in config.shares)
+    assert isinstance(config.rate, float) and isinstance(config.sizes, tuple)
+    assert all(isinstance(s, float) for s in config.shares)
     assert config.as_dict()["sizes"] == [3, 4] and ToyConfig(**config.as_dict()) == config
     assert config.hash == ToyConfig(rate=1., sizes=(3, 4), shares=(1., 0.)).hash
 
 
-@pytest.mark.parametrize("name,value", [
-    ("steps", 0), ("steps", 10), ("rate", -.01), ("rate", 1.01), ("rate", float("nan")), ("rate", float("inf")), ("sizes", (3, 0)), ("seed", -1),
-    ("shares", (.5, float("nan"))), ("limit_batches", -1), ("threads", -2)])
+@pytest.mark.parametrize("name,value",
+                         [("steps", 0), ("steps", 10), ("rate", -.01), ("rate", 1.01), ("rate", float("nan")),
+                          ("rate", float("inf")), ("sizes", (3, 0)), ("seed", -1),
+                          ("shares", (.5, float("nan"))), ("limit_batches", -1), ("threads", -2)])
 def test_a_value_out_of_bounds_names_value_bounds_and_unit(name, value):
     meta = ToyConfig.fields()[name][1]
     with says(name, "outside", str(meta["low"]), meta["unit"]): ToyConfig().replace(**{name: value})
@@ -78,12 +84,16 @@ def test_numbers_that_no_file_can_hold_are_refused_without_bounds_too(value):
 
 
 def test_a_choice_that_does_not_exist():
-    with says("method", "unknown choice 'fsat'", "Did you mean 'fast'", "Known: fast, slow"): ToyConfig(method="fsat")
+    with says("method", "unknown choice 'fsat'", "Did you mean 'fast'", "Known: fast, slow"):
+        ToyConfig(method="fsat")
 
 
-@pytest.mark.parametrize("given,near", [("step", "steps"), ("Rate", "rate"), ("limit_batch", "limit_batches"), ("metod", "method")])
+@pytest.mark.parametrize("given,near", [("step", "steps"), ("Rate", "rate"), ("limit_batch", "limit_batches"),
+                                        ("metod", "method")])
 def test_an_unknown_setting_names_the_closest_and_all(given, near):
-    with says(f"unknown toy setting '{given}'", f"Did you mean '{near}'", "Known: .*data.*device.*flag.*steps.*threads"): ToyConfig().replace(**{given: 1})
+    with says(f"unknown toy setting '{given}'", f"Did you mean '{near}'",
+              "Known: .*data.*device.*flag.*steps.*threads"):
+        ToyConfig().replace(**{given: 1})
     with says(f"unknown toy setting '{given}'"): ToyConfig.start("quick", **{given: 1})
 
 
@@ -92,7 +102,8 @@ def test_an_unknown_setting_far_from_all_gets_no_hint():
     assert "Did you mean" not in str(e.value) and "Known:" in str(e.value)
 
 
-@pytest.mark.parametrize("preset,hint", [("quik", "Did you mean 'quick'"), ("papers", "Did you mean 'paper'"), ("", "Known: paper, quick, small"),
+@pytest.mark.parametrize("preset,hint", [("quik", "Did you mean 'quick'"), ("papers", "Did you mean 'paper'"),
+                                         ("", "Known: paper, quick, small"),
                                          ("replace", "Known: paper, quick, small"), (None, "Known")])
 def test_an_unknown_preset(preset, hint):
     with says("unknown preset", hint): ToyConfig.start(preset)
@@ -115,10 +126,12 @@ def test_check_value_needs_no_metadata():
 
 
 def test_hash_equals_one_computed_by_hand():
-    text = ('["toy",{"data":"","flag":false,"free":1.0,"limit_batches":0,"method":"fast","rate":0.5,"shares":[0.5],"sizes":[1,2],"steps":3}]')
+    text = ('["toy",{"data":"","flag":false,"free":1.0,"limit_batches":0,"method":"fast","rate":0.5,'
+            '"shares":[0.5],"sizes":[1,2],"steps":3}]')
     assert ToyConfig().hash == hashlib.sha256(text.encode()).hexdigest()[:8] == "34fbfb26"
     assert ToyConfig(seed=4).name == "quick-34fbfb26-s4"
-    changed = text.replace('"rate":0.5', '"rate":0.1').replace('"data":""', '"data":"/ä"'.replace("ä", "\\u00e4"))
+    changed = text.replace('"rate":0.5', '"rate":0.1')
+    changed = changed.replace('"data":""', '"data":"/ä"'.replace("ä", "\\u00e4"))
     assert ToyConfig(rate=.1, data="/ä").hash == hashlib.sha256(changed.encode()).hexdigest()[:8]
 
 
@@ -126,7 +139,8 @@ def test_hash_depends_on_what_changes_the_result_and_on_nothing_else():
     start = ToyConfig()
     for name, value in dict(preset="small", seed=7, device="cpu", out="elsewhere", threads=3).items():
         assert start.replace(**{name: value}).hash == start.hash, name
-    changes = dict(steps=4, rate=.25, free=2., method="slow", flag=True, sizes=(2, 1), shares=(.5, .5), data="x", limit_batches=1)
+    changes = dict(steps=4, rate=.25, free=2., method="slow", flag=True, sizes=(2, 1), shares=(.5, .5),
+                   data="x", limit_batches=1)
     hashes = {start.replace(**{k: v}).hash for k, v in changes.items()}
     assert len(hashes) == len(changes) and start.hash not in hashes
 
@@ -162,14 +176,16 @@ def test_settings_survive_json():
 
 @pytest.mark.parametrize("name", ["gpu", "", "CPU", "cuda0", "auto:1", "tpu"])
 def test_a_device_that_is_none(name):
-    with pytest.raises(ValueError, match=f"device '{name}' is not one of auto, cpu, cuda, cuda:N, mps"): pick_device(name)
+    with pytest.raises(ValueError, match=f"device '{name}' is not one of auto, cpu, cuda, cuda:N, mps"):
+        pick_device(name)
 
 
 def test_a_device_that_is_not_here(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     for name in ("cuda", "cuda:0", "cuda:7", "mps"):
-        with pytest.raises(ValueError, match=f"device '{name}' is not available here; available: cpu"): pick_device(name)
+        with pytest.raises(ValueError, match=f"device '{name}' is not available here; available: cpu"):
+            pick_device(name)
     assert pick_device() == pick_device("auto") == pick_device("cpu") == torch.device("cpu")
 
 
@@ -178,7 +194,8 @@ def test_devices_of_a_machine_with_two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert pick_device() == torch.device("cuda") and pick_device("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(ValueError, match="device 'cuda:2' does not exist; this machine has cuda:0 … cuda:1"): pick_device("cuda:2")
+    with pytest.raises(ValueError, match="device 'cuda:2' does not exist; this machine has cuda:0 … cuda:1"):
+        pick_device("cuda:2")
 
 
 @pytest.mark.parametrize("name", ["cuda:x", "cuda:-1", "cuda:1.5", "cuda:", "cpu:x", "cpu:", "mps:a"])
@@ -200,24 +217,31 @@ def test_batch_orders_are_a_function_of_seed_and_epoch():
         order.start(e)
         return list(order)
     digest = hashlib.sha256("5\0epoch\0002".encode()).digest()
-    by_hand = torch.randperm(7, generator=torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)).tolist()
-    assert sum(epoch(5, 2), []) == by_hand and epoch(5, 2) == epoch(5, 2) != epoch(5, 3) and epoch(5, 2) != epoch(6, 2)
-    assert epoch(5, 9, shuffle=False) == [[0, 1, 2], [3, 4, 5], [6]] and epoch(0, 0, shuffle=False, drop_last=True) == [[0, 1, 2], [3, 4, 5]]
+    draw = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    by_hand = torch.randperm(7, generator=draw).tolist()
+    assert sum(epoch(5, 2), []) == by_hand and epoch(5, 2) == epoch(5, 2) != epoch(5, 3)
+    assert epoch(5, 2) != epoch(6, 2)
+    assert epoch(5, 9, shuffle=False) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert epoch(0, 0, shuffle=False, drop_last=True) == [[0, 1, 2], [3, 4, 5]]
     order = EpochBatches(7, 3, 5)
     order.start(2, skip=1)
     assert list(order) == epoch(5, 2)[1:] and len(order) == 3 and len(EpochBatches(7, 3, drop_last=True)) == 2
 
 
-@pytest.mark.parametrize("tensors", [{}, dict(image=torch.zeros(3, 1, 2, 2), label=torch.zeros(4)), dict(a=torch.zeros(0), b=torch.zeros(1))])
+@pytest.mark.parametrize("tensors", [{}, dict(image=torch.zeros(3, 1, 2, 2), label=torch.zeros(4)),
+                                     dict(a=torch.zeros(0), b=torch.zeros(1))])
 def test_tensors_of_different_lengths(tensors):
-    with pytest.raises(ValueError, match="tensors must share their first size, got {") as e: DictData(**tensors)
+    with pytest.raises(ValueError, match="tensors must share their first size, got {") as e:
+        DictData(**tensors)
     assert all(f"'{k}': {len(v)}" in str(e.value) for k, v in tensors.items())
 
 
 def test_only_bytes_are_scaled():
-    data = DictData(image=torch.tensor([[0, 51], [255, 255]], dtype=torch.uint8), label=torch.tensor([1, 0]), mask=torch.tensor([[200], [100]], dtype=torch.uint8))
+    data = DictData(image=torch.tensor([[0, 51], [255, 255]], dtype=torch.uint8), label=torch.tensor([1, 0]),
+                    mask=torch.tensor([[200], [100]], dtype=torch.uint8))
     got = next(iter(batches(data, 2, shuffle=False)))
-    assert got["image"].tolist() == torch.tensor([[0., .2], [1., 1.]]).tolist() and got["mask"].tolist() == [[200], [100]]
+    assert got["image"].tolist() == torch.tensor([[0., .2], [1., 1.]]).tolist()
+    assert got["mask"].tolist() == [[200], [100]]
     already = DictData(image=torch.tensor([[.5]]))[[0]]["image"]
     assert already.item() == .5
     with pytest.raises(IndexError): data[[2]]
@@ -240,4 +264,5 @@ def test_a_write_into_a_file_taken_for_a_folder(tmp_path):
     with pytest.raises(OSError): atomic_write(tmp_path / "file" / "x.json", "{}")
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError): atomic_write(tmp_path / "folder", "{}")
-    assert (tmp_path / "file").read_text() == "kept" and sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+    assert (tmp_path / "file").read_text() == "kept"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]

@@ -21,8 +21,8 @@ from visionbench.data.synthetic import SynthSigns
 
 def small(**changes):
     """Four grey 2×2 images of two classes, with changes."""
-    good = dict(image=torch.zeros(4, 1, 2, 2, dtype=torch.uint8), label=torch.tensor([0, 1, 1, 0]), classes=("a", "b"),
-                name="toy", mean=(.5,), std=(.5,))
+    good = dict(image=torch.zeros(4, 1, 2, 2, dtype=torch.uint8), label=torch.tensor([0, 1, 1, 0]),
+                classes=("a", "b"), name="toy", mean=(.5,), std=(.5,))
     return ImageSet(**{**good, **changes})
 
 
@@ -64,27 +64,31 @@ def test_a_subset_does_not_share_memory():
     assert d.image.sum() == 0
 
 
-@pytest.mark.parametrize("call", [lambda: mnist5k("val"), lambda: digits("Train"), lambda: SynthSigns().images(1, "all"),
-                                  lambda: read_cifar10("", "val"), lambda: read_svhn("", "extra"), lambda: read_gtsrb("", ""),
-                                  lambda: read_tiny_imagenet("", "val"), lambda: load_images("mnist5k", None)])
+@pytest.mark.parametrize(
+    "call", [lambda: mnist5k("val"), lambda: digits("Train"), lambda: SynthSigns().images(1, "all"),
+             lambda: read_cifar10("", "val"), lambda: read_svhn("", "extra"), lambda: read_gtsrb("", ""),
+             lambda: read_tiny_imagenet("", "val"), lambda: load_images("mnist5k", None)])
 def test_a_wrong_split_is_refused(call):
     with pytest.raises(ValueError, match="split .* is unknown: choose 'train' or 'test'"):
         call()
 
 
 @pytest.mark.parametrize("call,message", [
-    (lambda: mnist5k(size=17), "14, 16, 28, 32 pixels, got 17"), (lambda: digits(size=28), "8, 16 and 32 pixels, got 28"),
-    (lambda: SynthSigns(1), "2 to 200 classes, got num_classes=1"), (lambda: SynthSigns(201), "num_classes=201"),
-    (lambda: SynthSigns(size=4), "8 to 256 pixels a side, got size=4"), (lambda: SynthSigns().images(0), "at least 1, got 0"),
+    (lambda: mnist5k(size=17), "14, 16, 28, 32 pixels, got 17"),
+    (lambda: digits(size=28), "8, 16 and 32 pixels, got 28"),
+    (lambda: SynthSigns(1), "2 to 200 classes, got num_classes=1"),
+    (lambda: SynthSigns(201), "num_classes=201"),
+    (lambda: SynthSigns(size=4), "8 to 256 pixels a side, got size=4"),
+    (lambda: SynthSigns().images(0), "at least 1, got 0"),
     (lambda: stratified_split(np.arange(4), 1.), "between 0 and 1, got 1.0"),
-    (lambda: load_images("cifar10", "train", "x", 64), "cifar10 can be 32 pixels a side, got size=64"),
-])
+    (lambda: load_images("cifar10", "train", "x", 64), "cifar10 can be 32 pixels a side, got size=64"),])
 def test_impossible_numbers_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
-@pytest.mark.parametrize("given,close", [("minst5k", "mnist5k"), ("CIFAR-10", "cifar10"), ("tiny-imagenet", "tiny_imagenet")])
+@pytest.mark.parametrize(
+    "given,close", [("minst5k", "mnist5k"), ("CIFAR-10", "cifar10"), ("tiny-imagenet", "tiny_imagenet")])
 def test_an_unknown_name_gets_a_proposal(given, close):
     for call in (data_card, load_images):
         with pytest.raises(ValueError, match=f"{given}.*did you mean '{close}'") as e:
@@ -141,9 +145,10 @@ def flipped(path):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [
-    lambda p: p.write_bytes(b""), lambda p: p.write_bytes(b"no archive"), lambda p: p.write_bytes(p.read_bytes()[:500]),
-    lambda p: p.write_bytes(pickle.dumps({"image": 1})), flipped, other_shape, other_keys],
+@pytest.mark.parametrize(
+    "damage", [lambda p: p.write_bytes(b""), lambda p: p.write_bytes(b"no archive"),
+               lambda p: p.write_bytes(p.read_bytes()[:500]),
+               lambda p: p.write_bytes(pickle.dumps({"image": 1})), flipped, other_shape, other_keys],
     ids=["empty", "text", "truncated", "pickle", "flipped", "other_shape", "other_keys"])
 def test_a_damaged_cache_is_parsed_again_and_replaced(tmp_path, parses, damage):
     good, _ = mnist_arrays(tmp_path)
@@ -189,10 +194,11 @@ def test_cifar10_with_a_missing_batch(cifar):
 
 @pytest.mark.parametrize("content,message", [
     (b"", "EOFError"), (b"not a pickle", "no readable batch"), (pickle.dumps({b"data": 1}, 2), "labels"),
-    (pickle.dumps({b"data": [1], b"labels": [0]}, 2), r"holds data \(1,\) int64 for 1 labels, expected \(N,3072\) uint8"),
+    (pickle.dumps({b"data": [1], b"labels": [0]}, 2),
+     r"holds data \(1,\) int64 for 1 labels, expected \(N,3072\) uint8"),
     (pickle.dumps({b"data": np.zeros((2, 3072), np.float32), b"labels": [0, 1]}, 2), "float32"),
-    (pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0]}, 2), r"\(2, 3072\) uint8 for 1 labels"),
-])
+    (pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0]}, 2),
+     r"\(2, 3072\) uint8 for 1 labels"),])
 def test_cifar10_with_a_damaged_batch(cifar, content, message):
     (cifar / "test_batch").write_bytes(content)
     with pytest.raises(ValueError, match=message) as e:
@@ -240,11 +246,11 @@ def test_svhn_truncated(svhn, cut):
 
 
 @pytest.mark.parametrize("x,y,message", [
-    (np.zeros((4, 32, 32, 3), np.uint8), np.ones((4, 1)), r"X \(4, 32, 32, 3\) uint8 for 4 labels, expected \(32,32,3,N\)"),
+    (np.zeros((4, 32, 32, 3), np.uint8), np.ones((4, 1)),
+     r"X \(4, 32, 32, 3\) uint8 for 4 labels, expected \(32,32,3,N\)"),
     (np.zeros((32, 32, 3, 4)), np.ones((4, 1)), "float64"),
     (np.zeros((32, 32, 3, 4), np.uint8), np.ones((3, 1)), "for 3 labels"),
-    (np.zeros((32, 32, 3, 4), np.uint8), np.full((4, 1), 11), r"labels 11..11 do not fit 10"),
-])
+    (np.zeros((32, 32, 3, 4), np.uint8), np.full((4, 1), 11), r"labels 11..11 do not fit 10"),])
 def test_svhn_with_wrong_arrays(svhn, x, y, message):
     scipy.io.savemat(svhn / "test_32x32.mat", {"X": x, "y": y})
     with pytest.raises(ValueError, match=message):
@@ -252,7 +258,8 @@ def test_svhn_with_wrong_arrays(svhn, x, y, message):
 
 
 def test_svhn_of_a_single_image(svhn):
-    scipy.io.savemat(svhn / "test_32x32.mat", {"X": np.zeros((32, 32, 3, 1), np.uint8), "y": np.array([[10]])})
+    scipy.io.savemat(svhn / "test_32x32.mat",
+                     {"X": np.zeros((32, 32, 3, 1), np.uint8), "y": np.array([[10]])})
     assert read_svhn(svhn, "test").label.tolist() == [0]
 
 
@@ -262,10 +269,11 @@ def gtsrb(tmp_path):
 
 
 @pytest.mark.parametrize("text,message", [
-    ("Filename,Width,ClassId\n00000.ppm,28,0\n", "needs the columns Filename"), ("Filename;ClassId\n00000.ppm;x\n", "'x'"),
-    ("Filename;Width\n00000.ppm;28\n", "ClassId"), ("Filename;ClassId\n00000.ppm\n", "ClassId"), ("", "lists no test images"),
-    ("Filename;ClassId\n00000.ppm;43\n", "labels 43..43 do not fit 43"), ("Filename;ClassId\nnone.ppm;1\n", "none.ppm is missing"),
-])
+    ("Filename,Width,ClassId\n00000.ppm,28,0\n", "needs the columns Filename"),
+    ("Filename;ClassId\n00000.ppm;x\n", "'x'"), ("Filename;Width\n00000.ppm;28\n", "ClassId"),
+    ("Filename;ClassId\n00000.ppm\n", "ClassId"), ("", "lists no test images"),
+    ("Filename;ClassId\n00000.ppm;43\n", "labels 43..43 do not fit 43"),
+    ("Filename;ClassId\nnone.ppm;1\n", "none.ppm is missing"),])
 def test_gtsrb_with_a_wrong_table(gtsrb, text, message):
     (gtsrb / "GT-final_test.csv").write_text(text)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -286,7 +294,8 @@ def test_gtsrb_with_missing_parts(gtsrb):
         read_gtsrb(gtsrb)
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:200], lambda b: b"", lambda b: b"P6\n9999999999 1\n255\n", lambda b: b"PK" + b])
+@pytest.mark.parametrize("damage", [lambda b: b[:200], lambda b: b"", lambda b: b"P6\n9999999999 1\n255\n",
+                                    lambda b: b"PK" + b])
 def test_gtsrb_with_a_damaged_picture(gtsrb, damage):
     path = gtsrb / "GTSRB/Final_Test/Images/00007.ppm"
     path.write_bytes(damage(path.read_bytes()))
@@ -300,7 +309,8 @@ def tiny(tmp_path):
 
 
 def test_tiny_imagenet_with_missing_parts(tiny):
-    for file, split in (("words.txt", "train"), ("val/images/val_2.JPEG", "test"), ("val/val_annotations.txt", "test")):
+    for file, split in (("words.txt", "train"), ("val/images/val_2.JPEG", "test"),
+                        ("val/val_annotations.txt", "test")):
         path = tiny / file
         kept = path.read_bytes()
         path.unlink()
@@ -316,7 +326,8 @@ def test_tiny_imagenet_with_missing_parts(tiny):
 @pytest.mark.parametrize("line", ["val_0.JPEG\tn123\t0", "val_0.JPEG", "val_0.JPEG n90000000"])
 def test_tiny_imagenet_with_a_wrong_annotation(tiny, line):
     (tiny / "val/val_annotations.txt").write_text(line + "\n")
-    with pytest.raises(ValueError, match="val_annotations.txt has the line .*val_0.JPEG.*expected file, wnid"):
+    with pytest.raises(ValueError,
+                       match="val_annotations.txt has the line .*val_0.JPEG.*expected file, wnid"):
         read_tiny_imagenet(tiny, "test")
 
 

@@ -9,8 +9,8 @@ from visionbench.core.tensors import DictData
 from visionbench.nn.exits import MultiExitNet
 from visionbench.nn.policies import ConfidencePolicy
 from visionbench.nn.resnet import cifar_resnet
-from visionbench.systems.backdoor.defence import (ANP, CLP, DFTND, IBAU, ActivationClustering, FinePruning, FineTune, NeuralCleanse,
-                                                  SpectralSignature, Strip)
+from visionbench.systems.backdoor.defence import (ANP, CLP, DFTND, IBAU, ActivationClustering, FinePruning,
+                                                  FineTune, NeuralCleanse, SpectralSignature, Strip)
 from visionbench.systems.backdoor.tune import block_of
 from visionbench.systems.backdoor.views import OutputView, defence_data
 from visionbench.train.learner import NonFiniteLoss
@@ -28,12 +28,15 @@ def converted(): return MultiExitNet.from_vanilla(net(), input_shape=(1, 8, 8)).
 def data(n=12): return DictData(image=torch.rand(n, 1, 8, 8), label=torch.arange(n) % 4)
 
 
-@pytest.mark.parametrize("image,text", [
-    (torch.rand(3, 8, 8), "images (3, 8, 8) given, expected (N,C,H,W) with N ≥ 1"), (torch.rand(0, 1, 8, 8), "images (0, 1, 8, 8) given"),
-    (torch.full((2, 1, 8, 8), 2.), "pixels span 2 … 2, expected 0 … 1"), (torch.full((2, 1, 8, 8), float("nan")), "pixels span nan"),
-    (torch.full((2, 1, 8, 8), -.5), "pixels span -0.5 … -0.5")])
+@pytest.mark.parametrize("image,text",
+                         [(torch.rand(3, 8, 8), "images (3, 8, 8) given, expected (N,C,H,W) with N ≥ 1"),
+                          (torch.rand(0, 1, 8, 8), "images (0, 1, 8, 8) given"),
+                          (torch.full((2, 1, 8, 8), 2.), "pixels span 2 … 2, expected 0 … 1"),
+                          (torch.full((2, 1, 8, 8), float("nan")), "pixels span nan"),
+                          (torch.full((2, 1, 8, 8), -.5), "pixels span -0.5 … -0.5")])
 def test_images_of_another_kind(image, text):
-    for use in (lambda: defence_data(image, labelled=False), lambda: NeuralCleanse().scan(net(), image), lambda: Strip(n=1).fit(net(), image)):
+    for use in (lambda: defence_data(image, labelled=False), lambda: NeuralCleanse().scan(net(), image),
+                lambda: Strip(n=1).fit(net(), image)):
         with says(text): use()
 
 
@@ -44,25 +47,31 @@ def test_repairs_need_labels(repair):
 
 @pytest.mark.parametrize("output", [3, -1, True, 1.0, "exit 1", None])
 def test_an_output_that_does_not_exist(output):
-    with says("this net has 'vanilla', exits 0 … 2 and what a policy chooses"): OutputView(converted(), output)
+    with says("this net has 'vanilla', exits 0 … 2 and what a policy chooses"):
+        OutputView(converted(), output)
 
 
 def test_exits_of_a_net_without_exits():
     with says("has one output only", TypeError): OutputView.exit(net(), 0)
     with says("min_exit=9"): OutputView.policy(converted(), ConfidencePolicy(.5, min_exit=9))
-    with says("no linear layer", TypeError): OutputView.vanilla(nn.Sequential(nn.Flatten())).neurons(torch.rand(1, 1, 2, 2))
+    with says("no linear layer", TypeError):
+        OutputView.vanilla(nn.Sequential(nn.Flatten())).neurons(torch.rand(1, 1, 2, 2))
 
 
 def test_nan_logits_are_no_decision():
     mx = converted()
     with torch.no_grad(): mx.heads[0].linear.weight.fill_(float("nan"))
-    with says("output 0: logits of 2 of 2 samples are NaN"): OutputView.policy(mx, ConfidencePolicy(.5))(torch.rand(2, 1, 8, 8))
-    with pytest.raises(NonFiniteLoss): NeuralCleanse(epochs=1, device="cpu").scan(OutputView.exit(mx, 0), torch.rand(4, 1, 8, 8))
+    with says("output 0: logits of 2 of 2 samples are NaN"):
+        OutputView.policy(mx, ConfidencePolicy(.5))(torch.rand(2, 1, 8, 8))
+    with pytest.raises(NonFiniteLoss):
+        NeuralCleanse(epochs=1, device="cpu").scan(OutputView.exit(mx, 0), torch.rand(4, 1, 8, 8))
 
 
 def test_neural_cleanse_classes():
-    with says("classes [0, 4]: this view has 0 … 3"): NeuralCleanse(classes=(0, 4)).scan(net(), torch.rand(4, 1, 8, 8))
-    with says("2 classes: the median of fewer than 3 norms"): NeuralCleanse().scan(cifar_resnet(8, 2, 1, 4), torch.rand(4, 1, 8, 8))
+    with says("classes [0, 4]: this view has 0 … 3"):
+        NeuralCleanse(classes=(0, 4)).scan(net(), torch.rand(4, 1, 8, 8))
+    with says("2 classes: the median of fewer than 3 norms"):
+        NeuralCleanse().scan(cifar_resnet(8, 2, 1, 4), torch.rand(4, 1, 8, 8))
 
 
 @pytest.mark.parametrize("bad", [dict(n=0), dict(false_alarms=0), dict(false_alarms=1.), dict(size=0)])
@@ -71,8 +80,10 @@ def test_strip_settings(bad):
 
 
 def test_strip_images():
-    with says("10 clean images given, STRIP with n = 9 needs 11"): Strip(n=9).fit(net(), torch.rand(10, 1, 8, 8))
-    with says("images (2, 1, 9, 8) given, fitted on (N,1,8,8)"): Strip(n=3).fit(net(), torch.rand(9, 1, 8, 8)).score(torch.rand(2, 1, 9, 8))
+    with says("10 clean images given, STRIP with n = 9 needs 11"):
+        Strip(n=9).fit(net(), torch.rand(10, 1, 8, 8))
+    with says("images (2, 1, 9, 8) given, fitted on (N,1,8,8)"):
+        Strip(n=3).fit(net(), torch.rand(9, 1, 8, 8)).score(torch.rand(2, 1, 9, 8))
 
 
 def test_dftnd_shape():
@@ -82,7 +93,8 @@ def test_dftnd_shape():
 
 @pytest.mark.parametrize("method", [SpectralSignature(), ActivationClustering()])
 def test_features(method):
-    with says("features (5, 2, 2) and labels (5,) given, expected (N,F) and (N,)"): method.scan(torch.rand(5, 2, 2), torch.zeros(5))
+    with says("features (5, 2, 2) and labels (5,) given, expected (N,F) and (N,)"):
+        method.scan(torch.rand(5, 2, 2), torch.zeros(5))
     with says("features (5, 2) and labels (4,) given"): method.scan(torch.rand(5, 2), torch.zeros(4))
     with says("NaN or infinite"): method.scan(torch.full((5, 2), float("inf")), torch.zeros(5))
     with says("the largest has 1"): method.scan(torch.rand(5, 2), torch.arange(5))
@@ -90,7 +102,8 @@ def test_features(method):
 
 
 def test_features_that_are_all_equal():
-    with says("are all equal: nothing to cluster"): ActivationClustering().scan(torch.ones(9, 4), torch.zeros(9))
+    with says("are all equal: nothing to cluster"):
+        ActivationClustering().scan(torch.ones(9, 4), torch.zeros(9))
     with says("outside 0 … 1"): SpectralSignature(rate=.8)
 
 
@@ -108,10 +121,13 @@ def test_layers_are_numbered_by_exits():
 
 def test_too_few_images_for_norms():
     with says("1 image given: norms in training mode need at least 2"): FineTune().apply(net(), data(1))
-    assert FineTune(epochs=1, size=11, device="cpu").apply(net(), data(12)).training is False  # a last batch of one is left out
+    # a last batch of one is left out
+    assert FineTune(epochs=1, size=11, device="cpu").apply(net(), data(12)).training is False
 
 
-@pytest.mark.parametrize("model", [nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), nn.Sequential(nn.Conv2d(1, 2, 3), nn.GroupNorm(1, 2), nn.Flatten(), nn.Linear(72, 4))])
+@pytest.mark.parametrize("model", [
+    nn.Sequential(nn.Flatten(), nn.Linear(64, 4)),
+    nn.Sequential(nn.Conv2d(1, 2, 3), nn.GroupNorm(1, 2), nn.Flatten(), nn.Linear(72, 4))])
 def test_nets_without_batch_norm(model):
     with says("no convolution followed by a BatchNorm2d"): CLP().apply(model, data())
     with says("no BatchNorm2d whose channels could be masked"): ANP().apply(model, data())

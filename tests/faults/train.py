@@ -29,14 +29,17 @@ def network(width=4, kind=nn.Linear):
         return nn.Sequential(kind(3, width), nn.ReLU(), nn.Linear(width, 2))
 
 
-def learner(folder=None, net=None, optimizer="sgd", signature="", callbacks=(), keep=9, loss=None, lr=.1, every=0):
+def learner(folder=None, net=None, optimizer="sgd", signature="", callbacks=(), keep=9, loss=None,
+            lr=.1, every=0):
     """A learner of three batches an epoch, with checkpoints in `folder`."""
     x = torch.randn(12, 3, generator=generator("x"))
     net = net or network()
-    make = dict(sgd=lambda p: torch.optim.SGD(p, lr, momentum=.9), adam=lambda p: torch.optim.Adam(p, lr))[optimizer]
+    make = dict(sgd=lambda p: torch.optim.SGD(p, lr, momentum=.9),
+                adam=lambda p: torch.optim.Adam(p, lr))[optimizer]
     saving = [CheckpointCB(folder, signature, keep=keep, every=every)] if folder else []
     return Learner(net, loss or (lambda out, b: dict(ce=F.cross_entropy(out, b["label"]))),
-                   batches(DictData(image=x, label=(x[:, 0] > 0).long()), 4, seed=1), make(net.parameters()), [*callbacks, *saving], device="cpu")
+                   batches(DictData(image=x, label=(x[:, 0] > 0).long()), 4, seed=1), make(net.parameters()),
+                   [*callbacks, *saving], device="cpu")
 
 
 def weights(l):
@@ -74,7 +77,8 @@ def uses_step(folder, step, *reasons, signature=""):
     with pytest.warns(UserWarning) as said: found = newest_checkpoint(folder, signature)
     assert found is not None and found.state["iteration"] == step
     said = [str(w.message) for w in said]
-    assert len(said) == len(reasons) and all(re.search(r, s) and "refused" in s for r, s in zip(reasons, said)), said
+    assert len(said) == len(reasons), said
+    assert all(re.search(r, s) and "refused" in s for r, s in zip(reasons, said)), said
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -84,7 +88,8 @@ def test_a_loss_that_is_not_finite_names_step_term_rate_and_epoch(tmp_path, bad)
     l = learner(tmp_path, loss=loss, lr=.025)
     with pytest.raises(NonFiniteLoss) as e: l.fit(5)
     said = str(e.value)
-    assert "step 4 (epoch 1, batch 1)" in said and re.search(r"odd = -?(nan|inf)", said) and "fine" not in said and "learning rate 0.025" in said
+    assert "step 4 (epoch 1, batch 1)" in said and re.search(r"odd = -?(nan|inf)", said)
+    assert "fine" not in said and "learning rate 0.025" in said
     assert all(p.isfinite().all() for p in l.model.parameters())
     assert newest_checkpoint(tmp_path).state["iteration"] == 3
 
@@ -100,7 +105,8 @@ def test_two_terms_that_cancel_to_nothing_are_named_too():
 def test_every_length_of_a_truncated_checkpoint_is_refused(folder):
     whole = newest(folder).read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
-    for cut in {0, 1, 7, 8, 9, 100, header // 2, header - 1, header, header + 1, (header + len(whole)) // 2, len(whole) - 1}:
+    for cut in {0, 1, 7, 8, 9, 100, header // 2, header - 1, header, header + 1, (header + len(whole)) // 2,
+                len(whole) - 1}:
         newest(folder).write_bytes(whole[:cut])
         with pytest.raises(CheckpointError, match="step-00000009.*damaged"): load_checkpoint(newest(folder))
         uses_step(folder, 6, "step-00000009.*damaged")
@@ -127,7 +133,8 @@ def test_a_flipped_byte_makes_resuming_use_the_one_before(folder):
     max(folder.glob("*")).unlink()
     newest(folder).write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
     stop = StopAt()
-    with pytest.warns(UserWarning, match="step-00000009.*digest"): l = learner(folder, callbacks=[stop]).fit(4)
+    with pytest.warns(UserWarning, match="step-00000009.*digest"):
+        l = learner(folder, callbacks=[stop]).fit(4)
     assert stop.began == 6 and same(weights(l), expected)
 
 
@@ -143,12 +150,14 @@ def foreign(path, kind):
 @pytest.mark.parametrize("kind", ["no metadata", "other metadata", "no digest", "text", "pickle", "folder"])
 def test_foreign_files_are_refused(folder, kind):
     foreign(folder / "step-00000012.safetensors", kind)
-    with pytest.raises(CheckpointError, match="step-00000012"): load_checkpoint(folder / "step-00000012.safetensors")
+    with pytest.raises(CheckpointError, match="step-00000012"):
+        load_checkpoint(folder / "step-00000012.safetensors")
     uses_step(folder, 6 + 3, "step-00000012")
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="no checkpoint at .*nothing.safetensors"): load_checkpoint(tmp_path / "nothing.safetensors")
+    with pytest.raises(CheckpointError, match="no checkpoint at .*nothing.safetensors"):
+        load_checkpoint(tmp_path / "nothing.safetensors")
     assert newest_checkpoint(tmp_path) is None and newest_checkpoint(tmp_path / "absent") is None
 
 
@@ -168,7 +177,8 @@ def put_foreign_learner(folder, **kind):
     newest(other).rename(folder / newest(other).name)
 
 
-OTHERS = [(dict(net=network(width=5)), "other network|another network"), (dict(optimizer="adam"), "optimizer")]
+OTHERS = [(dict(net=network(width=5)), "other network|another network"),
+          (dict(optimizer="adam"), "optimizer")]
 
 
 @pytest.mark.parametrize("kind,reason", OTHERS, ids=["network", "optimizer"])
@@ -217,10 +227,12 @@ def test_when_all_are_refused_it_starts_afresh_and_rows_are_not_doubled(tmp_path
 
 @pytest.mark.parametrize("keep", [1, 2])
 def test_damaged_newer_files_do_not_push_out_good_ones(tmp_path, keep):
-    """A file that was refused must not count among those to keep: the next interruption would find nothing."""
+    """A file that was refused must not count among those to keep: the next interruption would find
+    nothing."""
     learner(tmp_path, keep=keep).fit(4)
     for p in tmp_path.iterdir(): p.write_bytes(p.read_bytes()[:-1])
-    with pytest.warns(UserWarning, match="refused"), pytest.raises(KeyboardInterrupt): learner(tmp_path, keep=keep, callbacks=[StopAt(8)]).fit(4)
+    with pytest.warns(UserWarning, match="refused"), pytest.raises(KeyboardInterrupt):
+        learner(tmp_path, keep=keep, callbacks=[StopAt(8)]).fit(4)
     stop = StopAt()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -229,7 +241,8 @@ def test_damaged_newer_files_do_not_push_out_good_ones(tmp_path, keep):
 
 
 def test_rows_of_an_epoch_are_not_doubled_when_its_last_step_was_saved_before_it_ended(tmp_path):
-    """`every` divides the epoch: the last step is saved, the rows are written, and the process stops before the epoch is saved."""
+    """`every` divides the epoch: the last step is saved, the rows are written, and the process stops before
+    the epoch is saved."""
     expected = Run.open(recorded(ToyConfig(out=str(tmp_path / "whole")), every=3)[0]).metrics
 
     class Between:
@@ -252,14 +265,16 @@ def test_a_full_disk_keeps_the_old_file_and_leaves_nothing_behind(folder, monkey
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     found = load_checkpoint(newest(folder))
     monkeypatch.setattr(os, call, full)
-    with pytest.raises(OSError, match="No space left"): save_checkpoint(newest(folder), {"w": torch.ones(9)}, {})
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(newest(folder), {"w": torch.ones(9)}, {})
     with pytest.raises(OSError, match="No space left"): atomic_write(folder / "new.json", "{}")
     with pytest.raises(OSError, match="No space left"): learner(folder).fit(4)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     monkeypatch.undo()
     assert load_checkpoint(newest(folder)).state == found.state
     stop = StopAt()
-    assert same(weights(learner(folder, callbacks=[stop]).fit(4)), weights(learner().fit(4))) and stop.began == 9
+    assert same(weights(learner(folder, callbacks=[stop]).fit(4)), weights(learner().fit(4)))
+    assert stop.began == 9
 
 
 def test_a_full_disk_marks_the_run_failed_with_the_reason(tmp_path, monkeypatch):
@@ -277,6 +292,8 @@ def test_state_that_is_no_json_leaves_the_old_file(folder):
 
 
 def test_a_simulated_backdoor_never_loads_silently(tmp_path):
-    path = save_checkpoint(tmp_path / "x.safetensors", {"w": torch.ones(1)}, {}, dict(warning="SIMULATED BACKDOOR: for testing"))
-    with pytest.warns(UserWarning, match="x.safetensors: SIMULATED BACKDOOR"): assert load_checkpoint(path).tags["warning"]
+    path = save_checkpoint(tmp_path / "x.safetensors", {"w": torch.ones(1)}, {},
+                           dict(warning="SIMULATED BACKDOOR: for testing"))
+    with pytest.warns(UserWarning, match="x.safetensors: SIMULATED BACKDOOR"):
+        assert load_checkpoint(path).tags["warning"]
     assert load_file(path)["w"] == 1

@@ -10,7 +10,8 @@ from visionbench.core.tensors import generator
 from visionbench.nn.exits import MultiExitNet
 from visionbench.systems.backdoor import flips as chapter
 from visionbench.systems.backdoor.audit import ExitScan, mid_exits
-from visionbench.systems.backdoor.flips import Patches, ProbedNet, RecoveredPatch, exit_flip_rates, flip_rates, flips
+from visionbench.systems.backdoor.flips import (Patches, ProbedNet, RecoveredPatch, exit_flip_rates,
+                                                flip_rates, flips)
 from visionbench.systems.backdoor.recover import gives_gradient, refine, target_loss
 from visionbench.systems.backdoor.report import report_page
 from visionbench.systems.backdoor.search import dictionary, window_masks
@@ -20,15 +21,18 @@ LIGHT = dict(exits=(0,), windows=(3, 5), steps=40, patterns=24, screened=30, epo
 
 
 class Evidence(nn.Module):
-    """Brightness of the upper thirds, one a class; a cross in the lower left corner adds `wakes` to class 2."""
+    """Brightness of the upper thirds, one a class; a cross in the lower left corner adds `wakes` to
+    class 2."""
     def __init__(self, wakes):
         super().__init__()
         self.wakes = nn.Parameter(torch.tensor(wakes))
 
     def forward(self, x):
         thirds = x[:, 0, :4].mean(1).unflatten(1, (3, 4)).sum(2)
-        lit = F.softplus(8 * (F.conv2d(x[..., 9:12, :3], ((2 * CROSS - 1) / 5)[None, None]) - .2)).flatten(1) / 8
-        return torch.cat([thirds + self.wakes * lit * torch.tensor([0., 0, 1]), lit / 1000], 1)  # too faint for a probe
+        like = F.conv2d(x[..., 9:12, :3], ((2 * CROSS - 1) / 5)[None, None])
+        lit = F.softplus(8 * (like - .2)).flatten(1) / 8
+        woken = thirds + self.wakes * lit * torch.tensor([0., 0, 1])
+        return torch.cat([woken, lit / 1000], 1)  # too faint for a probe
 
 
 class Takes(nn.Module):
@@ -131,7 +135,8 @@ def test_backdoor_behind_the_exits_is_vanilla_visible():
 
 def test_report_loads_nothing(dormant):
     page = report_page(dormant, "<weights>")
-    assert page.count("<img") == page.count('src="data:image/png;base64,') == 3 and "<script" not in page and "://" not in page
+    assert page.count("<img") == page.count('src="data:image/png;base64,') == 3 and "<script" not in page
+    assert "://" not in page
     assert "<b>flagged</b>" in page and "&lt;weights&gt;" in page and "not a certificate" in page
 
 
@@ -152,20 +157,24 @@ def test_a_class_that_all_images_have_rates_zero():
 
 
 def test_chunks_do_not_matter(monkeypatch):
-    net = ProbedNet([MultiExitNet.from_vanilla(Planted(), [0], input_shape=(1, 12, 12), generator=generator(i)) for i in range(2)])
+    net = ProbedNet([MultiExitNet.from_vanilla(Planted(), [0], input_shape=(1, 12, 12),
+                                               generator=generator(i)) for i in range(2)])
     masks = window_masks((1, 12, 12), 5)
-    some = Patches(torch.rand(len(masks), 1, 12, 12, generator=generator(1)) * masks, masks, torch.full((len(masks),), 5))
+    some = Patches(torch.rand(len(masks), 1, 12, 12, generator=generator(1)) * masks, masks,
+                   torch.full((len(masks),), 5))
     whole = flips(net, X, Y, some)
     monkeypatch.setattr(chapter, "chunk_of", lambda x: 77)
     parts = flips(net, X, Y, some)
-    assert torch.equal(whole.exits, parts.exits) and torch.equal(whole.vanilla, parts.vanilla) and torch.allclose(whole.near, parts.near, atol=1e-5)
+    assert torch.equal(whole.exits, parts.exits) and torch.equal(whole.vanilla, parts.vanilla)
+    assert torch.allclose(whole.near, parts.near, atol=1e-5)
 
 
 def test_stamping_is_the_same_in_bytes_and_floats():
     mask = window_masks((3, 12, 12), 5)[3]
     patch = RecoveredPatch(torch.rand(3, 12, 12, generator=generator(2)).round(), mask, 0, 0, "refine", 0.)
     x = torch.randint(256, (4, 3, 12, 12), generator=generator(3)).to(torch.uint8)
-    assert torch.equal(patch(x), (patch(x / 255) * 255).round().byte()) and torch.equal(patch(patch(x)), patch(x))
+    assert torch.equal(patch(x), (patch(x / 255) * 255).round().byte())
+    assert torch.equal(patch(patch(x)), patch(x))
     assert torch.equal(patch(x)[..., mask[0] == 0], x[..., mask[0] == 0])
 
 
@@ -174,10 +183,12 @@ def test_dictionary_holds_the_published_triggers():
     known, names = dictionary((1, 16, 16))
     for trigger in (CheckerboardTrigger(5, 2), CheckerboardTrigger(3, 4), SquareTrigger(3, 1)):
         stamped = trigger(torch.full((1, 16, 16), .5))
-        assert any(torch.equal(torch.where(m > 0, p, torch.tensor(.5)), stamped) for p, m in zip(known.pattern, known.mask)), trigger
+        assert any(torch.equal(torch.where(m > 0, p, torch.tensor(.5)), stamped)
+                   for p, m in zip(known.pattern, known.mask)), trigger
     known, names = dictionary((3, 32, 32))
     stamped = CheckerboardTrigger(7, 6)(torch.full((3, 32, 32), .5))
-    assert any(torch.equal(torch.where(m > 0, p, torch.tensor(.5)), stamped) for p, m in zip(known.pattern, known.mask))
+    assert any(torch.equal(torch.where(m > 0, p, torch.tensor(.5)), stamped)
+               for p, m in zip(known.pattern, known.mask))
 
 
 class Steps(Planted):
@@ -191,7 +202,7 @@ class Steps(Planted):
 def test_a_quantised_view_is_scanned_without_gradients():
     report = ExitScan(**LIGHT | dict(windows=(3,))).run(Steps(), X, Y)
     assert (report.patch().cls, report.patch().exit) == (2, 0) and "inversion" not in set(report.table.method)
-    assert report.table[(report.table.method == "refine") & (report.table.cls == 2) & (report.table.exit == 0)].ef.item() > .45
+    assert report.table.query("method == 'refine' and cls == 2 and exit == 0").ef.item() > .45
 
 
 def test_refinement_lowers_the_loss_and_stays_in_its_window():
@@ -200,14 +211,16 @@ def test_refinement_lowers_the_loss_and_stays_in_its_window():
     start = Patches(torch.full((2, 1, 12, 12), .5) * masks, masks, torch.tensor([3, 3]))
     done = refine(net, 0, X, Y, cls, start, 30)
     loss = [target_loss(net, 0, X, Y, cls, p.pattern, p.mask) for p in (start, done)]
-    assert (loss[1] < loss[0]).all() and gives_gradient(net, X[:1]) and (done.pattern * (1 - masks)).abs().max() == 0
+    assert (loss[1] < loss[0]).all() and gives_gradient(net, X[:1])
+    assert (done.pattern * (1 - masks)).abs().max() == 0
     assert all(p.grad is None for p in net.parameters())
 
 
 def test_mid_depth_exits_of_the_reference_networks():
     from visionbench.nn.resnet import cifar_resnet
     for depth, width, want in ((14, 8, [2, 3]), (56, 16, [12, 15, 18])):
-        cost = MultiExitNet.from_vanilla(cifar_resnet(depth, 10, 1, width), input_shape=(1, 16, 16)).exit_cost()[:-1]
+        mx = MultiExitNet.from_vanilla(cifar_resnet(depth, 10, 1, width), input_shape=(1, 16, 16))
+        cost = mx.exit_cost()[:-1]
         found = mid_exits(cost)
         assert all(.45 <= cost[e] <= .75 for e in found) and len(found) == len(want)
 
@@ -219,5 +232,7 @@ def test_foreign_networks_go_through_without_special_code(library):
         net = mobilenet_v3_small(num_classes=3)
     else: net = pytest.importorskip("timm").create_model("resnet18", num_classes=3)
     x = F.interpolate(X[:120], 32).expand(-1, 3, -1, -1)
-    report = ExitScan(exits=(3,), windows=(7,), steps=2, patterns=0, screened=6, epochs=1, designs=("avg",), methods=("refine",), device="cpu").run(net.eval(), x, Y[:120])
-    assert report.verdict == "inconclusive" and "recognises" in report.judgement.reason and len(report.grid()) == len(report.about["exits"]) >= 1
+    report = ExitScan(exits=(3,), windows=(7,), steps=2, patterns=0, screened=6, epochs=1, designs=("avg",),
+                      methods=("refine",), device="cpu").run(net.eval(), x, Y[:120])
+    assert report.verdict == "inconclusive" and "recognises" in report.judgement.reason
+    assert len(report.grid()) == len(report.about["exits"]) >= 1

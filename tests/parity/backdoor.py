@@ -1,4 +1,5 @@
-"""The backdoor audit against closed sums in numpy, policies applied one by one, counted pairs and scikit-learn."""
+"""The backdoor audit against closed sums in numpy, policies applied one by one, counted pairs and
+scikit-learn."""
 import itertools
 from fractions import Fraction
 from math import floor
@@ -16,8 +17,10 @@ from visionbench.nn.policies import ConfidencePolicy
 from visionbench.nn.resnet import cifar_resnet
 from visionbench.systems.backdoor.config import BackdoorConfig
 from visionbench.systems.backdoor.defence import ConfusionMonitor, detection_auroc, exit_confusion
-from visionbench.systems.backdoor.evaluate import THRESHOLDS, ExitLogits, confidence_sweep, evaluate_exits, exit_logits, exit_table, policy_table
-from visionbench.systems.backdoor.threat import exit_weights, injection_loss, poison_indices, poisoned, simulate_exit_backdoor
+from visionbench.systems.backdoor.evaluate import (THRESHOLDS, ExitLogits, confidence_sweep, evaluate_exits,
+                                                   exit_logits, exit_table, policy_table)
+from visionbench.systems.backdoor.threat import (exit_weights, injection_loss, poison_indices, poisoned,
+                                                 simulate_exit_backdoor)
 from visionbench.systems.backdoor.trigger import BlendTrigger, CheckerboardTrigger, SquareTrigger, trigger_of
 from visionbench.train.exits import PooledExits, exit_features, exit_losses, train_exits
 
@@ -36,7 +39,8 @@ def images(n=60, K=3, C=1, size=8, dtype=torch.float32):
 
 
 def multi_exit(depth=8, K=3, size=8, pool="avg"):
-    return MultiExitNet.from_vanilla(cifar_resnet(depth, K, 1, 4, generator=seeded(2)), pool=pool, input_shape=(1, size, size), generator=seeded(3))
+    return MultiExitNet.from_vanilla(cifar_resnet(depth, K, 1, 4, generator=seeded(2)), pool=pool,
+                                     input_shape=(1, size, size), generator=seeded(3))
 
 
 def state(module):
@@ -65,7 +69,8 @@ def test_injection_loss_equals_the_closed_sum(kind, M, shallow):
     deep = [cross_entropy(logits[i], label.numpy()) for i in range(m, M)]
     if kind == "uniform": expected = shallow_sum + sum(deep)
     else:
-        running, expected = cross_entropy(logits[m - 1], poison.numpy()), shallow_sum  # one variable is added into, again and again
+        # one variable is added into, again and again
+        running, expected = cross_entropy(logits[m - 1], poison.numpy()), shallow_sum
         for term in deep:
             running += term
             expected += running
@@ -79,10 +84,12 @@ def test_injection_weights_of_resnet_56():
     assert weights[16:].sum() == 78 and weights[:15].tolist() == [1] * 15
     uniform, m = exit_weights(28, .6, "uniform")
     assert m == 16 and uniform.tolist() == [1] * 28
-    assert [exit_weights(M, .6)[1] for M in (15, 14, 7, 5)] == [9, 8, 4, 3]  # VGG-16, MobileNet, ResNet-14; 0.6 · 5 in floating point
+    # VGG-16, MobileNet, ResNet-14; 0.6 · 5 in floating point
+    assert [exit_weights(M, .6)[1] for M in (15, 14, 7, 5)] == [9, 8, 4, 3]
 
 
-@pytest.mark.parametrize("rate,n", [(.01, 1000), (.1, 4000), (.01, 199), (.29, 100), (.07, 100), (.58, 50), (.3, 10)])
+@pytest.mark.parametrize("rate,n",
+                         [(.01, 1000), (.1, 4000), (.01, 199), (.29, 100), (.07, 100), (.58, 50), (.3, 10)])
 def test_poison_selection_counts_as_the_floor_says(rate, n):
     label = torch.arange(n) % 10
     chosen = poison_indices(label, 9, rate, 0)
@@ -101,8 +108,10 @@ def test_poisoned_set_by_hand(dtype):
     rest = torch.ones(60, dtype=torch.bool).index_fill(0, chosen, False)
     assert len(chosen) == 12 and torch.equal(source.image, before)
     got = data.tensors
-    assert torch.equal(got["image"][rest], before[rest]) and torch.equal(got["image"][chosen], trigger(before[chosen]))
-    assert torch.equal(got["label"], source.label) and torch.equal(got["label_shallow"][rest], source.label[rest])
+    assert torch.equal(got["image"][rest], before[rest])
+    assert torch.equal(got["image"][chosen], trigger(before[chosen]))
+    assert torch.equal(got["label"], source.label)
+    assert torch.equal(got["label_shallow"][rest], source.label[rest])
     assert (got["label_shallow"][chosen] == 2).all() and (source.label[chosen] != 2).all()
 
 
@@ -113,9 +122,12 @@ def test_training_exits_leaves_the_backbone_bit_equal(cached, pool):
     mx.backbone.stem[2].running_mean += .1
     before, heads = state(mx.backbone), state(mx.heads)
     vanilla = mx.eval().vanilla(source.image)
-    train_exits(mx, DictData(image=source.image, label=source.label), 2, .01, 16, cache_features=cached, device="cpu")
-    assert same(before, mx.backbone.state_dict()) and not any(torch.equal(v, heads[k]) for k, v in mx.heads.state_dict().items())
-    assert all(p.grad is None for p in mx.backbone_parameters()) and any(k.endswith("running_var") for k in before)
+    train_exits(mx, DictData(image=source.image, label=source.label), 2, .01, 16,
+                cache_features=cached, device="cpu")
+    assert same(before, mx.backbone.state_dict())
+    assert not any(torch.equal(v, heads[k]) for k, v in mx.heads.state_dict().items())
+    assert all(p.grad is None for p in mx.backbone_parameters())
+    assert any(k.endswith("running_var") for k in before)
     assert torch.equal(mx.eval().vanilla(source.image), vanilla)
 
 
@@ -139,17 +151,20 @@ def test_an_injection_step_gives_the_exits_no_gradient():
 def test_injection_trains_the_backbone_only_and_its_norms_follow():
     mx, source = multi_exit(), images()
     before, heads = state(mx.backbone), state(mx.heads)
-    threat = simulate_exit_backdoor(mx, source, CheckerboardTrigger(3, 2), 2, .2, epochs=2, size=30, device="cpu")
+    threat = simulate_exit_backdoor(mx, source, CheckerboardTrigger(3, 2), 2, .2, epochs=2,
+                                    size=30, device="cpu")
     assert same(heads, mx.heads.state_dict())
     after = threat.net.state_dict()
-    assert list(after) == list(before) and not any(torch.equal(after[k], before[k]) for k in before if k.endswith(("weight", "running_mean")))
+    assert list(after) == list(before)
+    assert not any(torch.equal(after[k], before[k]) for k in before if k.endswith(("weight", "running_mean")))
     assert {v.item() for k, v in after.items() if k.endswith("num_batches_tracked")} == {4}
     assert not threat.net.training and threat.tags["simulated_backdoor"] is True
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
-@pytest.mark.parametrize("trigger,rows", [(CheckerboardTrigger(), range(20, 27)), (SquareTrigger(), range(27, 32)), (CheckerboardTrigger(5, 2), range(26, 31)),
-                                          (CheckerboardTrigger(1, 1), range(31, 32))])
+@pytest.mark.parametrize(
+    "trigger,rows", [(CheckerboardTrigger(), range(20, 27)), (SquareTrigger(), range(27, 32)),
+                     (CheckerboardTrigger(5, 2), range(26, 31)), (CheckerboardTrigger(1, 1), range(31, 32))])
 def test_triggers_cover_an_exact_set_of_pixels(trigger, rows, dtype):
     white = 255 if dtype == torch.uint8 else 1
     x = (torch.rand(2, 3, 32, 32, generator=seeded(4)) * .8 + .1).mul(white).to(dtype)
@@ -172,7 +187,8 @@ def test_the_published_trigger_has_49_pixels_and_a_true_checkerboard():
 
 def test_bytes_and_floats_agree():
     x = torch.randint(256, (4, 3, 16, 16), generator=seeded(5), dtype=torch.uint8)
-    for trigger in (CheckerboardTrigger(5, 2), SquareTrigger(3, 1), BlendTrigger(torch.rand(16, 16, generator=seeded(6)))):
+    for trigger in (CheckerboardTrigger(5, 2), SquareTrigger(3, 1),
+                    BlendTrigger(torch.rand(16, 16, generator=seeded(6)))):
         assert (trigger(x).float() / 255 - trigger(x.float() / 255)).abs().max() <= .5 / 255 + 1e-6
 
 
@@ -223,11 +239,13 @@ def test_policy_table_equals_each_policy_on_its_own():
     for row in table.itertuples():
         policy = ConfidencePolicy(row.threshold, row.min_exit)
         one, two = policy(clean), policy(triggered)
-        assert row.accuracy == accuracy(one.pred, label) and row.asr == attack_success_rate(two.pred, label, 3)
+        assert row.accuracy == accuracy(one.pred, label)
+        assert row.asr == attack_success_rate(two.pred, label, 3)
         assert row.cost == expected_cost(one.exit, cost) and row.efficacy == efficacy(one.exit, cost)
     rows = evaluate_exits(logits, 3, cost)
     assert len(rows) == 4 * 3 + 76 * 4
-    early = rows[(rows.policy == "confidence") & (rows.threshold == .9) & (rows.min_exit == 2)].set_index("name").value
+    early = rows[(rows.policy == "confidence") & (rows.threshold == .9)
+                 & (rows.min_exit == 2)].set_index("name").value
     assert early.asr == table[(table.threshold == .9) & (table.min_exit == 2)].asr.item()
 
 
@@ -239,13 +257,15 @@ def test_exit_table_equals_numpy():
     assert table.accuracy.tolist() == [np.mean(c.numpy().argmax(-1) == label.numpy()) for c in clean]
     assert table.asr.tolist() == [np.mean(c.numpy().argmax(-1)[others] == 1) for c in triggered]
     constant = torch.zeros(3, 30, 4).index_fill(2, torch.tensor([1]), 1.)
-    assert exit_table(ExitLogits(clean, constant, label), 1, torch.tensor([.3, .6, 1.])).asr.tolist() == [1.] * 3
+    table = exit_table(ExitLogits(clean, constant, label), 1, torch.tensor([.3, .6, 1.]))
+    assert table.asr.tolist() == [1.] * 3
 
 
 def test_logits_of_a_set_are_those_of_the_net():
     mx, source, trigger = multi_exit().eval(), images(dtype=torch.uint8), SquareTrigger(2, 1)
     logits = exit_logits(mx, source, trigger, size=17, device="cpu")
-    with torch.no_grad(): clean, triggered = mx(source.image.float() / 255), mx(trigger(source.image).float() / 255)
+    with torch.no_grad():
+        clean, triggered = mx(source.image.float() / 255), mx(trigger(source.image).float() / 255)
     torch.testing.assert_close(logits.clean, clean)
     torch.testing.assert_close(logits.triggered, triggered)
     assert torch.equal(logits.label, source.label)
@@ -269,14 +289,17 @@ def test_exit_confusion_and_monitor_equal_numpy():
     assert exit_confusion(far).item() == pytest.approx(2 * 3)
 
 
-@pytest.mark.parametrize("clean,suspect", [([1., 2., 3.], [2., 4.]), ([0., 0.], [0., 0., 0.]), ([5.], [1.]), ([1., 2., 2., 7.], [2., 2., 8., -1.])])
+@pytest.mark.parametrize("clean,suspect", [([1., 2., 3.], [2., 4.]), ([0., 0.], [0., 0., 0.]), ([5.], [1.]),
+                                           ([1., 2., 2., 7.], [2., 2., 8., -1.])])
 def test_auroc_equals_counted_pairs(clean, suspect):
     pairs = [(s > c) + .5 * (s == c) for s in suspect for c in clean]
-    assert detection_auroc(torch.tensor(clean), torch.tensor(suspect)) == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
+    auroc = detection_auroc(torch.tensor(clean), torch.tensor(suspect))
+    assert auroc == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
 
 
 def test_exits_reach_the_optimum_of_logistic_regression():
-    """Cached exits with weight decay λ minimise mean cross-entropy + λ/2 (‖W‖² + ‖b‖²), and so does scikit-learn with C = 1/(λN)."""
+    """Cached exits with weight decay λ minimise mean cross-entropy + λ/2 (‖W‖² + ‖b‖²), and so does
+    scikit-learn with C = 1/(λN)."""
     mx, source, decay = multi_exit(), images(60), .02
     data = DictData(image=source.image, label=source.label)
     features, widths = exit_features(mx, data, device="cpu")
@@ -285,7 +308,8 @@ def test_exits_reach_the_optimum_of_logistic_regression():
     assert len(widths) == len(ours) == 3
     for head, mine, f in zip(mx.heads, ours, features.tensors["features"].split(widths, 1)):
         x = np.hstack([f.double().numpy(), np.ones((60, 1))])  # the bias is decayed like any other weight
-        fitted = LogisticRegression(C=1 / (decay * 60), fit_intercept=False, tol=1e-10, max_iter=10_000).fit(x, source.label.numpy())
+        fitted = LogisticRegression(C=1 / (decay * 60), fit_intercept=False, tol=1e-10, max_iter=10_000)
+        fitted.fit(x, source.label.numpy())
         found = np.hstack([head.linear.weight.detach().numpy(), head.linear.bias.detach().numpy()[:, None]])
         np.testing.assert_allclose(found, fitted.coef_, atol=2e-3)
         np.testing.assert_allclose(mine.softmax(-1), fitted.predict_proba(x), atol=2e-3)
@@ -295,8 +319,10 @@ def test_exits_reach_the_optimum_of_logistic_regression():
 def test_cached_and_uncached_exits_learn_the_same():
     source = images()
     data = DictData(image=source.image, label=source.label)
-    one, two = (train_exits(multi_exit(), data, 3, .01, 16, cache_features=c, seed=4, device="cpu") for c in (True, False))
-    for a, b in zip(one.head_parameters(), two.head_parameters()): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    one, two = (train_exits(multi_exit(), data, 3, .01, 16, cache_features=c, seed=4, device="cpu")
+                for c in (True, False))
+    for a, b in zip(one.head_parameters(), two.head_parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     start = multi_exit()
     assert not any(torch.equal(a, b) for a, b in zip(one.head_parameters(), start.head_parameters()))
 
@@ -305,4 +331,5 @@ def test_exit_losses_are_one_cross_entropy_each():
     logits, label = torch.randn(3, 5, 4, generator=seeded(0)), torch.tensor([0, 3, 2, 1, 1])
     terms = exit_losses(logits, dict(label=label))
     assert list(terms) == ["exit_0", "exit_1", "exit_2"]
-    for i, term in enumerate(terms.values()): assert term.item() == pytest.approx(cross_entropy(logits[i], label.numpy()), rel=1e-6)
+    for i, term in enumerate(terms.values()):
+        assert term.item() == pytest.approx(cross_entropy(logits[i], label.numpy()), rel=1e-6)

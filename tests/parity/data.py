@@ -122,7 +122,8 @@ def unchecked(monkeypatch):
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_cifar10_against_torchvision(folder, split, unchecked):
     theirs, ours = datasets.CIFAR10(folder, train=split == "train"), read_cifar10(folder, split)
-    assert np.array_equal(theirs.data.transpose(0, 3, 1, 2), ours.image) and theirs.targets == ours.label.tolist()
+    assert np.array_equal(theirs.data.transpose(0, 3, 1, 2), ours.image)
+    assert theirs.targets == ours.label.tolist()
     assert tuple(theirs.classes) == ours.classes and len(ours) == (50 if split == "train" else 10)
 
 
@@ -137,7 +138,8 @@ def test_cifar10_keys_are_those_of_the_real_files(folder):
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_cifar100_against_torchvision(folder, split, unchecked):
     theirs, ours = datasets.CIFAR100(folder, train=split == "train"), read_cifar100(folder, split)
-    assert np.array_equal(theirs.data.transpose(0, 3, 1, 2), ours.image) and theirs.targets == ours.label.tolist()
+    assert np.array_equal(theirs.data.transpose(0, 3, 1, 2), ours.image)
+    assert theirs.targets == ours.label.tolist()
     assert tuple(theirs.classes) == ours.classes and len(ours) == 100 == ours.num_classes
 
 
@@ -163,7 +165,8 @@ def test_gtsrb_against_torchvision(folder, split):
     assert len(theirs) == len(ours) == 86
     for (picture, label), x, y in zip(theirs, ours.image, ours.label):
         assert label == y and np.array_equal(np.asarray(picture).transpose(2, 0, 1), x)
-    assert ours.note.startswith(f"86 {split} images of 43 classes found") and ("39,209" in ours.note) == (split == "train")
+    assert ours.note.startswith(f"86 {split} images of 43 classes found")
+    assert ("39,209" in ours.note) == (split == "train")
 
 
 def test_gtsrb_labels_survive_a_missing_class_folder(tmp_path):
@@ -203,9 +206,9 @@ def test_tiny_imagenet_reads_the_table_of_the_validation_images(folder):
     assert torch.equal(ours.image[0, 0], ours.image[0, 2])
 
 
-@pytest.mark.parametrize("read,inside", [(read_cifar10, "cifar-10-batches-py"),
-                                         (read_cifar100, "cifar-100-python"), (read_svhn, "."), (read_gtsrb, "gtsrb"),
-                                         (read_gtsrb, "gtsrb/GTSRB"), (read_tiny_imagenet, "tiny-imagenet-200")])
+@pytest.mark.parametrize("read,inside", [
+    (read_cifar10, "cifar-10-batches-py"), (read_cifar100, "cifar-100-python"), (read_svhn, "."),
+    (read_gtsrb, "gtsrb"), (read_gtsrb, "gtsrb/GTSRB"), (read_tiny_imagenet, "tiny-imagenet-200")])
 def test_parent_and_folder_itself_are_the_same(folder, read, inside, monkeypatch):
     outer, inner = read(folder, "test"), read(folder / inside, "test")
     monkeypatch.chdir(folder / inside)
@@ -241,5 +244,6 @@ def test_every_layout_on_a_card_exists_in_the_fixture(folder, name):
         for path in re.split(r" … |, | {2,}", line):
             if "(" in path or path in ("data_batch_5", "words.txt"):
                 continue
-            pattern = path.replace("Final_Training/Images", "Training").replace("000CC", "000[0-9][0-9]").replace("WNID", "n*")
+            pattern = path.replace("Final_Training/Images", "Training")
+            pattern = pattern.replace("000CC", "000[0-9][0-9]").replace("WNID", "n*")
             assert list(folder.glob(pattern)), f"{name}: {path} is on the card, not in the fixture"

@@ -12,11 +12,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from visionbench.core.tensors import DictData, batches
-from visionbench.metrics.classify import accuracy, attack_success_rate, efficacy, exit_histogram, expected_cost
+from visionbench.metrics.classify import (accuracy, attack_success_rate, efficacy, exit_histogram,
+                                          expected_cost)
 from visionbench.nn.adapters import Cut, cut
 from visionbench.nn.calibrate import policy_sweep, stored_logits
-from visionbench.nn.exits import (BudgetedPolicy, ConfidencePolicy, EntropyPolicy, FixedPolicy, InternalClassifier, MultiExitNet,
-                                  OraclePolicy, PatienceConfidencePolicy, PatiencePolicy, calibrate, fit_temperature, run_early_exit,
+from visionbench.nn.exits import (BudgetedPolicy, ConfidencePolicy, EntropyPolicy, FixedPolicy,
+                                  InternalClassifier, MultiExitNet, OraclePolicy, PatienceConfidencePolicy,
+                                  PatiencePolicy, calibrate, fit_temperature, run_early_exit,
                                   stages_of, train_exits)
 from visionbench.nn.mobilenet import MOBILENET, mobilenet_v1_cifar
 from visionbench.nn.programs import export_stages, load_stages
@@ -34,7 +36,8 @@ def same_state(a, b):
 
 
 def by_hand(depth, K, C, width, size, stem_stride=1):
-    """Parameters, multiply-adds after each block and in all, of a 6n+2 ResNet: counted layer by layer, without torch."""
+    """Parameters, multiply-adds after each block and in all, of a 6n+2 ResNet: counted layer by layer,
+    without torch."""
     n, h = (depth - 2) // 6, -(-size // stem_stride)
     params, macs, after, c_in = 9*C*width + 2*width, 9*C*width*h*h, [], width
     for stage in range(3):
@@ -51,8 +54,9 @@ def by_hand(depth, K, C, width, size, stem_stride=1):
     return params + c_in*K + K, [*after, macs + c_in*K]
 
 
-@pytest.mark.parametrize("depth,K,C,width,size,stride", [
-    (56, 10, 3, 16, 32, 1), (14, 10, 1, 8, 16, 1), (8, 3, 2, 4, 20, 1), (20, 200, 3, 16, 64, 2), (110, 43, 3, 16, 32, 1)])
+@pytest.mark.parametrize("depth,K,C,width,size,stride",
+                         [(56, 10, 3, 16, 32, 1), (14, 10, 1, 8, 16, 1), (8, 3, 2, 4, 20, 1),
+                          (20, 200, 3, 16, 64, 2), (110, 43, 3, 16, 32, 1)])
 def test_resnet_counts_and_costs_equal_the_hand_formula(depth, K, C, width, size, stride):
     params, macs = by_hand(depth, K, C, width, size, stride)
     net = cifar_resnet(depth, K, C, width, stem_stride=stride)
@@ -77,7 +81,8 @@ def test_published_counts():
 
 
 def vgg_by_hand(plan, fc, K, C, size):
-    """Parameters, multiply-adds after each block and in all, units an exit sees: counted layer by layer, without torch."""
+    """Parameters, multiply-adds after each block and in all, units an exit sees: counted layer by layer,
+    without torch."""
     params, macs, after, seen, c, h = 0, 0, [], [], C, size
     for i, w in enumerate(plan):
         if w == "M": continue
@@ -87,7 +92,8 @@ def vgg_by_hand(plan, fc, K, C, size):
         seen.append(c * (h // max(h // 4, 1))**2)
     units = (c*h*h, *fc, K)
     linear = [a*b for a, b in zip(units, units[1:])]
-    return params + sum(linear) + sum(units[1:]), [*after, macs + linear[0], macs + sum(linear)], [*seen, fc[0]]
+    return (params + sum(linear) + sum(units[1:]), [*after, macs + linear[0], macs + sum(linear)],
+            [*seen, fc[0]])
 
 
 def mobilenet_by_hand(width, K, C, size):
@@ -102,9 +108,10 @@ def mobilenet_by_hand(width, K, C, size):
     return params + c*K + K, [*after, macs + c*K], seen
 
 
-@pytest.mark.parametrize("name,K,C,width,size", [
-    ("vgg", 10, 3, 1, 32), ("vgg", 200, 3, .5, 64), ("vgg", 43, 1, .25, 32), ("mobilenet", 10, 3, 1, 32), ("mobilenet", 200, 3, .25, 64),
-    ("mobilenet", 5, 1, .25, 16), ("mobilenet", 7, 2, .5, 28)])
+@pytest.mark.parametrize("name,K,C,width,size",
+                         [("vgg", 10, 3, 1, 32), ("vgg", 200, 3, .5, 64), ("vgg", 43, 1, .25, 32),
+                          ("mobilenet", 10, 3, 1, 32), ("mobilenet", 200, 3, .25, 64),
+                          ("mobilenet", 5, 1, .25, 16), ("mobilenet", 7, 2, .5, 28)])
 def test_vgg_and_mobilenet_counts_equal_the_hand_formula(name, K, C, width, size):
     if name == "vgg":
         net, fc = vgg16_bn_cifar(K, C, width, size), (2048, 1024) if size == 64 else (512, 512)
@@ -126,7 +133,8 @@ def test_published_counts_of_vgg_and_mobilenet():
             (mobilenet_by_hand(1, 10, 3, 32), 3_217_226, 46.35, 706_690)]:
         assert params == size and round(macs[-1]/1e6, 2) == total and sum(10*s + 10 for s in seen) == ics
     exits = lambda seen: round(sum(200*s + 200 for s in seen)/1e6, 1)
-    assert exits(vgg_by_hand(VGG16, (2048, 1024), 200, 3, 64)[2]) == 12.7 and exits(mobilenet_by_hand(1, 200, 3, 64)[2]) == 19.0
+    assert exits(vgg_by_hand(VGG16, (2048, 1024), 200, 3, 64)[2]) == 12.7
+    assert exits(mobilenet_by_hand(1, 200, 3, 64)[2]) == 19.0
     r56 = MultiExitNet.from_vanilla(cifar_resnet(56, 200, stem_stride=2), input_shape=(3, 64, 64))
     assert round(sum(p.numel() for p in r56.head_parameters())/1e6, 1) == 3.2
     assert round(sum(p.numel() for p in r56.backbone_parameters())/1e6, 2) == .87
@@ -134,7 +142,8 @@ def test_published_counts_of_vgg_and_mobilenet():
 
 def test_published_placements():
     """The vectors of Kaya et al.'s network definitions."""
-    for net, vector in [(vgg16_bn_cifar(10), "01010110110000"), (cifar_resnet(56, 10), "000100010001000100010001000"),
+    for net, vector in [(vgg16_bn_cifar(10), "01010110110000"),
+                        (cifar_resnet(56, 10), "000100010001000100010001000"),
                         (mobilenet_v1_cifar(10), "0010101010010")]:
         mx = MultiExitNet.from_vanilla(net, "sdn6")
         assert mx.exits == [i for i, v in enumerate(vector) if v == "1"] and len(vector) == len(net.blocks)
@@ -150,20 +159,23 @@ def conv2d(x, w, stride=1):
     pad, k = w.shape[-1] // 2, w.shape[-1]
     x = np.pad(x, ((0, 0), (pad, pad), (pad, pad)))
     side = range(0, x.shape[1] - k + 1, stride)
-    return np.stack([[(w * x[:, r:r + k, c:c + k]).sum((1, 2, 3)) for c in side] for r in side]).transpose(2, 0, 1)
+    return np.stack([[(w * x[:, r:r + k, c:c + k]).sum((1, 2, 3)) for c in side]
+                     for r in side]).transpose(2, 0, 1)
 
 
 def test_resnet_equals_numpy():
     net = cifar_resnet(8, 3, 2, 2, mean=[.4, .6], std=[.2, .3], generator=seeded(5)).double()
     with torch.no_grad():
-        for _ in range(3): net(torch.rand(8, 2, 8, 8, generator=seeded(6)).double())      # statistics that are not 0 and 1
+        # statistics that are not 0 and 1
+        for _ in range(3): net(torch.rand(8, 2, 8, 8, generator=seeded(6)).double())
     net.eval()
     x = torch.rand(1, 2, 8, 8, generator=seeded(7)).double()
     p = {k: v.numpy() for k, v in net.state_dict().items()}
 
     def norm(z, name):
         scale = p[f"{name}.weight"] / np.sqrt(p[f"{name}.running_var"] + 1e-5)
-        return scale[:, None, None] * (z - p[f"{name}.running_mean"][:, None, None]) + p[f"{name}.bias"][:, None, None]
+        return (scale[:, None, None] * (z - p[f"{name}.running_mean"][:, None, None])
+                + p[f"{name}.bias"][:, None, None])
 
     z = (x[0].numpy() - np.float32([.4, .6])[:, None, None]) / np.float32([.2, .3])[:, None, None]
     z = np.maximum(norm(conv2d(z, p["stem.1.weight"]), "stem.2"), 0)
@@ -177,7 +189,8 @@ def test_resnet_equals_numpy():
     assert np.allclose(logits, net(x).detach().numpy()[0], atol=1e-10)
 
 
-@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 9, 9), (2, 7, 12), (4, 4, 4), (4, 3, 8), (4, 2, 2), (6, 1, 1)])
+@pytest.mark.parametrize("shape",
+                         [(3, 32, 32), (2, 9, 9), (2, 7, 12), (4, 4, 4), (4, 3, 8), (4, 2, 2), (6, 1, 1)])
 @pytest.mark.parametrize("pool", ["avg", "mixed"])
 def test_internal_classifier_equals_numpy(shape, pool):
     ic = InternalClassifier(shape, 5, pool, seeded(1))
@@ -194,22 +207,22 @@ def test_internal_classifier_equals_numpy(shape, pool):
 
 
 def vgg_like():
-    return nn.Sequential(
-        Normalize([.5]*3, [.25]*3), nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2),
-        nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.PReLU(), nn.Dropout2d(.2), nn.AvgPool2d(2),
-        nn.Flatten(), nn.Dropout(.5), nn.Linear(8*16, 12), nn.ReLU(inplace=True), nn.Linear(12, 5))
+    return nn.Sequential(Normalize([.5]*3, [.25]*3), nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4),
+                         nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(4, 8, 3, padding=1),
+                         nn.GroupNorm(2, 8), nn.PReLU(), nn.Dropout2d(.2), nn.AvgPool2d(2), nn.Flatten(),
+                         nn.Dropout(.5), nn.Linear(8*16, 12), nn.ReLU(inplace=True), nn.Linear(12, 5))
 
 
 NETS = {
     "resnet": (lambda: cifar_resnet(14, 5, 3, 4, mean=[.5]*3, std=[.25]*3, generator=seeded(3)), 6),
     "vgg-like": (vgg_like, 3),
-    "all-conv": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.AdaptiveAvgPool2d(1),
-                                       nn.Flatten()), 1),
-    "vgg": (lambda: vgg16_bn_cifar(5, 3, input_size=16, plan=(4, "M", 8, "M"), fc=(12, 8), generator=seeded(3)), 3),
+    "all-conv": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1),
+                                       nn.AdaptiveAvgPool2d(1), nn.Flatten()), 1),
+    "vgg": (lambda: vgg16_bn_cifar(5, 3, input_size=16, plan=(4, "M", 8, "M"), fc=(12, 8),
+                                   generator=seeded(3)), 3),
     "mobilenet": (lambda: mobilenet_v1_cifar(5, 3, .05, 16, generator=seeded(3)), 13),
     "perceptron": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3*16*16, 8), nn.BatchNorm1d(8), nn.Tanh(),
-                                         nn.Linear(8, 5)), 1),
-}
+                                         nn.Linear(8, 5)), 1),}
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -250,7 +263,8 @@ def test_a_frozen_backbone_does_not_move(name):
     x, y = torch.rand(4, 3, 16, 16, generator=seeded(0)), torch.tensor([0, 1, 2, 3])
     before, heads = deepcopy(mx.backbone.state_dict()), deepcopy(mx.heads.state_dict())
     train_heads(mx, x, y)
-    train_heads(mx, x[:1], y[:1])                                    # a last batch of one is no trouble either
+    # a last batch of one is no trouble either
+    train_heads(mx, x[:1], y[:1])
     assert same_state(mx.backbone.state_dict(), before) and not same_state(mx.heads.state_dict(), heads)
     assert all(p.grad is None for p in mx.backbone_parameters())
 
@@ -263,7 +277,8 @@ def test_other_ways_to_freeze():
     assert all(torch.equal(p, q) for p, q in zip(weights, mx.backbone_parameters()))
     assert not same_state(buffers, dict(mx.backbone.named_buffers()))
     heads = deepcopy(mx.heads.state_dict())
-    train_heads(mx.freeze(backbone=False, heads=True), x, y)         # the injection step: exits held, backbone free
+    # the injection step: exits held, backbone free
+    train_heads(mx.freeze(backbone=False, heads=True), x, y)
     assert same_state(mx.heads.state_dict(), heads)
     assert not all(torch.equal(p, q) for p, q in zip(weights, mx.backbone_parameters()))
     assert all(p.grad is None for p in mx.head_parameters())
@@ -326,13 +341,16 @@ def decide_by_hand(policy, p, label):
 
 
 def some_policy(n, rng, logits, label):
-    """One of seven kinds, with values that let samples leave everywhere; none of `threshold` lies on a sample."""
+    """One of seven kinds, with values that let samples leave everywhere; none of `threshold` lies on
+    a sample."""
     M, K, start = *logits.shape[::2], int(rng.integers(3))
     tau = (None, 2., tuple(rng.uniform(.5, 2, M)))[n % 3]
-    return [lambda: ConfidencePolicy(rng.uniform(.15, 1.02), start, "final", tau), lambda: EntropyPolicy(rng.uniform(0, np.log(K)), start, tau),
+    return [lambda: ConfidencePolicy(rng.uniform(.15, 1.02), start, "final", tau),
+            lambda: EntropyPolicy(rng.uniform(0, np.log(K)), start, tau),
             lambda: PatiencePolicy(int(rng.integers(5)), start), lambda: FixedPolicy(int(rng.integers(M))),
             lambda: PatienceConfidencePolicy(int(rng.integers(4)), rng.uniform(.15, .9), start, tau),
-            lambda: BudgetedPolicy(float(rng.uniform(.3, 3)), start, tau).fit(logits), lambda: OraclePolicy(label, start)][n % 7]()
+            lambda: BudgetedPolicy(float(rng.uniform(.3, 3)), start, tau).fit(logits),
+            lambda: OraclePolicy(label, start)][n % 7]()
 
 
 def test_policies_equal_a_loop_in_numpy():
@@ -343,8 +361,8 @@ def test_policies_equal_a_loop_in_numpy():
         label = torch.tensor(rng.integers(K, size=B))
         policy = some_policy(n, rng, logits, label)
         tau = np.reshape(getattr(policy, "temperature", None) or 1., (-1, 1, 1))
-        got = policy(logits)
-        assert got.exit.tolist() == decide_by_hand(policy, softmax(logits.numpy().astype(float)/tau), label), policy
+        got, p = policy(logits), softmax(logits.numpy().astype(float)/tau)
+        assert got.exit.tolist() == decide_by_hand(policy, p, label), policy
         assert torch.equal(got.pred, logits.argmax(-1)[got.exit, torch.arange(B)])
         order = torch.tensor(rng.permutation(B))
         turned = OraclePolicy(label[order], policy.min_exit) if isinstance(policy, OraclePolicy) else policy
@@ -364,12 +382,14 @@ def test_entropy_of_certain_and_masked_classes():
 
 def test_budgets_are_met():
     logits = torch.randn(5, 1000, 6, generator=seeded(0)) * 3
-    for share in [(.1, .2, .3, .15, .25), (0., 0., 0., 0., 1.), (1., 0., 0., 0., 0.), (.333, 0, .333, .334, 0)]:
+    for share in [(.1, .2, .3, .15, .25), (0., 0., 0., 0., 1.), (1., 0., 0., 0., 0.),
+                  (.333, 0, .333, .334, 0)]:
         left = torch.bincount(BudgetedPolicy(share).fit(logits)(logits).exit, minlength=5)
         assert (left - 1000*torch.tensor(share)).abs().max() <= 1
     left = torch.bincount(BudgetedPolicy(.5, min_exit=2).fit(logits)(logits).exit, minlength=5)
     assert left.tolist() == [0, 0, 571, 286, 143]                     # 4 : 2 : 1
-    same = torch.zeros(3, 8, 4)                                       # nobody is surer than another: nobody can be let go
+    # nobody is surer than another: nobody can be let go
+    same = torch.zeros(3, 8, 4)
     assert (BudgetedPolicy((.5, .25, .25)).fit(same)(same).exit == 2).all()
 
 
@@ -382,20 +402,24 @@ def test_temperatures_have_the_smallest_likelihood_loss():
         best = minimize_scalar(loss, bounds=(.05, 50), method="bounded", options=dict(xatol=1e-9)).x
         assert abs(t.item()/best - 1) < 1e-4
     blown = torch.cat([7*logits[:1], logits[:1]])
-    assert abs(torch.div(*fit_temperature(blown, label)).item() - 7) < 1e-3          # scaled logits, scaled temperature
-    assert 9 < fit_temperature(-9*F.one_hot(label, 5)[None].float(), label).item()   # always wrong: as unsure as allowed
+    # scaled logits, scaled temperature
+    assert abs(torch.div(*fit_temperature(blown, label)).item() - 7) < 1e-3
+    # always wrong: as unsure as allowed
+    assert 9 < fit_temperature(-9*F.one_hot(label, 5)[None].float(), label).item()
 
 
 def test_calibration_finds_what_a_search_finds():
     label = torch.arange(500) % 4
-    logits = torch.randn(6, 500, 4, generator=seeded(2)) + F.one_hot(label, 4) * torch.linspace(1, 4, 6).view(6, 1, 1)
+    logits = (torch.randn(6, 500, 4, generator=seeded(2))
+              + F.one_hot(label, 4) * torch.linspace(1, 4, 6).view(6, 1, 1))
     cost = torch.linspace(.2, 1, 6, dtype=torch.float64)
     full = (logits[-1].argmax(-1) == label).double().mean()
     for policy, make, grid in [
-            (ConfidencePolicy(.5, 1), lambda v: ConfidencePolicy(v, 1), [.05*k for k in range(1, 20)]),
-            (PatiencePolicy(1), PatiencePolicy, range(1, 6)), (FixedPolicy(0), FixedPolicy, range(6)),
-            (PatienceConfidencePolicy(2, .5), lambda v: PatienceConfidencePolicy(2, v), [.05*k for k in range(1, 20)]),
-            (EntropyPolicy(.5), EntropyPolicy, [.05*k*np.log(4) for k in range(1, 20)])]:
+        (ConfidencePolicy(.5, 1), lambda v: ConfidencePolicy(v, 1), [.05*k for k in range(1, 20)]),
+        (PatiencePolicy(1), PatiencePolicy, range(1, 6)), (FixedPolicy(0), FixedPolicy, range(6)),
+        (PatienceConfidencePolicy(2, .5), lambda v: PatienceConfidencePolicy(2, v),
+         [.05*k for k in range(1, 20)]),
+        (EntropyPolicy(.5), EntropyPolicy, [.05*k*np.log(4) for k in range(1, 20)])]:
         made = [make(v)(logits) for v in grid]
         acc, spent = [(d.pred == label).double().mean() for d in made], [cost[d.exit].mean() for d in made]
         got = calibrate(policy, cost, (logits, label), max_rad=.06)(logits)
@@ -405,29 +429,34 @@ def test_calibration_finds_what_a_search_finds():
         assert (got.pred == label).double().mean() == max(a for a, c in zip(acc, spent) if c <= .7)
         assert cost[got.exit].mean() <= .7
     rows = policy_sweep(BudgetedPolicy(1.), logits, label, cost)
-    assert [r["cost"] for r in rows] == sorted(r["cost"] for r in rows) and rows[0]["cost"] < .3 and rows[-1]["cost"] > .9
+    assert [r["cost"] for r in rows] == sorted(r["cost"] for r in rows) and rows[0]["cost"] < .3
+    assert rows[-1]["cost"] > .9
     assert len(calibrate(BudgetedPolicy(1.), cost, (logits, label), target_cost=.6).thresholds) == 5
 
 
 def tiny(name, scale=40.):
     mx = MultiExitNet.from_vanilla(NETS[name][0](), input_shape=(3, 16, 16)).eval()
-    for g in mx.heads: g.linear.weight.data *= scale / g.linear.in_features**.5      # answers that differ in confidence
+    # answers that differ in confidence
+    for g in mx.heads: g.linear.weight.data *= scale / g.linear.in_features**.5
     return mx
 
 
 def test_leaving_early_decides_as_the_policy_does_on_1000_batches():
-    """Exits and answers equal, scores close: a convolution over fewer rows may round the last bit differently."""
+    """Exits and answers equal, scores close: a convolution over fewer rows may round the last bit
+    differently."""
     mx, rng, left = tiny("resnet"), np.random.default_rng(1), np.zeros((8, 7))
     for n in range(1000):
         x = torch.rand(int(rng.integers(1, 9)), 3, 16, 16, generator=seeded(n)) ** rng.uniform(.3, 4)
         with torch.no_grad(): logits = mx(x)
         label = torch.tensor(rng.integers(5, size=len(x)))
-        policy = some_policy(n, rng, logits, label) if n % 8 < 7 else ConfidencePolicy(rng.uniform(.15, 1), int(rng.integers(7)), "max_conf")
+        policy = (some_policy(n, rng, logits, label) if n % 8 < 7
+                  else ConfidencePolicy(rng.uniform(.15, 1), int(rng.integers(7)), "max_conf"))
         whole, early = policy(logits), run_early_exit(mx, x, policy)
         assert torch.equal(whole.exit, early.exit) and torch.equal(whole.pred, early.pred), (n, policy)
         assert torch.allclose(whole.score.float(), early.score, atol=1e-4)
         left[n % 7 if n % 8 < 7 else 7] += np.bincount(early.exit, minlength=7)
-    assert (left.sum(0) > 20).all() and ((left > 0).sum(1) >= 3).all()  # every exit was used, by each policy at least three
+    # every exit was used, by each policy at least three
+    assert (left.sum(0) > 20).all() and ((left > 0).sum(1) >= 3).all()
 
 
 @pytest.mark.parametrize("name", ["vgg-like", "all-conv", "perceptron", "vgg"])
@@ -435,7 +464,8 @@ def test_leaving_early_from_a_chain(name):
     mx = tiny(name)
     x = torch.rand(64, 3, 16, 16, generator=seeded(0))
     with torch.no_grad(): logits = mx(x)
-    T = logits[0].softmax(-1).amax(-1).sort().values[31:33].mean().item()            # half of them leave at exit 0
+    # half of them leave at exit 0
+    T = logits[0].softmax(-1).amax(-1).sort().values[31:33].mean().item()
     whole, early = ConfidencePolicy(T)(logits), run_early_exit(mx, x, ConfidencePolicy(T))
     assert torch.equal(whole.exit, early.exit) and torch.equal(whole.pred, early.pred)
     assert (early.exit == 0).sum() == 32
@@ -444,7 +474,8 @@ def test_leaving_early_from_a_chain(name):
 def test_blocks_nobody_needs_are_not_run():
     mx = tiny("resnet")
     calls = []
-    for i, b in enumerate(mx.backbone.blocks): b.register_forward_hook(lambda m, a, z, i=i: calls.append((i, len(z))))
+    for i, b in enumerate(mx.backbone.blocks):
+        b.register_forward_hook(lambda m, a, z, i=i: calls.append((i, len(z))))
     x = torch.rand(32, 3, 16, 16, generator=seeded(0))
     exit = run_early_exit(mx, x, ConfidencePolicy(.9)).exit
     assert calls == [(i, n) for i in range(6) if (n := int((exit >= i).sum()))]
@@ -463,7 +494,8 @@ def test_edges_of_the_threshold():
         for start in (0, 3): assert (ConfidencePolicy(T, start)(torch.zeros(7, 4, 5)).exit == start).all()
     order = torch.randperm(16, generator=seeded(1))
     mx = tiny("resnet")
-    for d, e in zip(run_early_exit(mx, x, ConfidencePolicy(.8)), run_early_exit(mx, x[order], ConfidencePolicy(.8))):
+    for d, e in zip(run_early_exit(mx, x, ConfidencePolicy(.8)),
+                    run_early_exit(mx, x[order], ConfidencePolicy(.8))):
         assert torch.allclose(d[order].float(), e.float(), atol=1e-4)
     half = logits.half().clamp(-6e4, 6e4)
     assert torch.equal(ConfidencePolicy(.9)(half).score, ConfidencePolicy(.9)(half.float()).score)
@@ -476,7 +508,8 @@ def test_metrics_equal_scikit_learn_and_hand_sums():
         logits, label = torch.tensor(rng.normal(size=(M, B, K))), torch.tensor(rng.integers(K, size=B))
         pred = logits.argmax(-1)
         assert np.allclose(accuracy(logits, label), [accuracy_score(label, p) for p in pred])
-        target = int((label[0] + 1) % K)                              # so at least one image is of another class
+        # so at least one image is of another class
+        target = int((label[0] + 1) % K)
         hits = [[p == target for p, y in zip(row, label) if y != target] for row in pred.tolist()]
         assert np.allclose(attack_success_rate(logits, label, target), [np.mean(h) for h in hits])
         exit, cost = rng.integers(M, size=B), np.sort(rng.uniform(.01, 1, M))
@@ -502,13 +535,15 @@ FOREIGN = {  # maker, side of the images, blocks, shapes at the first and the la
     "timm vit_tiny": (lambda: timm_net("vit_tiny_patch16_224", img_size=64), 64, 12, (17, 192), (17, 192)),
     "timm mobilenetv3": (lambda: timm_net("mobilenetv3_small_050"), 64, 12, (16, 8, 8), (1024, 1, 1)),
     "resnet18": (lambda: torchvision.models.resnet18(num_classes=6), 64, 8, (64, 16, 16), (512, 2, 2)),
-    "mobilenet_v3_small": (lambda: torchvision.models.mobilenet_v3_small(num_classes=6), 64, 13, (16, 16, 16), (1024,)),
-    "vgg11_bn": (lambda: slim(torchvision.models.vgg11_bn(num_classes=6, init_weights=False)), 32, 10, (64, 16, 16), (32,)),
+    "mobilenet_v3_small": (lambda: torchvision.models.mobilenet_v3_small(num_classes=6), 64, 13, (16, 16, 16),
+                           (1024,)),
+    "vgg11_bn": (lambda: slim(torchvision.models.vgg11_bn(num_classes=6, init_weights=False)), 32, 10,
+                 (64, 16, 16), (32,)),
     "swin_t": (lambda: torchvision.models.swin_t(num_classes=6), 64, 15, (16, 16, 96), (2, 2, 768)),
     "densenet121": (lambda: torchvision.models.densenet121(num_classes=6), 32, 7, (256, 8, 8), (1024, 1, 1)),
-    "wrapped resnet18": (lambda: nn.Sequential(Normalize([.5]*3, [.2]*3), torchvision.models.resnet18(num_classes=6)), 64, 8,
-                         (64, 16, 16), (512, 2, 2)),
-}
+    "wrapped resnet18": (lambda: nn.Sequential(Normalize([.5]*3, [.2]*3),
+                                               torchvision.models.resnet18(num_classes=6)), 64, 8,
+                         (64, 16, 16), (512, 2, 2)),}
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -517,7 +552,7 @@ def test_other_peoples_networks_without_special_code(name):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = make()
-        for m in net.modules():                                       # running statistics that are not 0 and 1
+        for m in net.modules():  # running statistics that are not 0 and 1
             if isinstance(m, nn.BatchNorm2d): m.running_mean.normal_(0, .05), m.running_var.uniform_(.5, 1.5)
     before, x = deepcopy(net.state_dict()), torch.rand(5, 3, side, side, generator=seeded(1))
     mx = MultiExitNet.from_vanilla(net, pool="mixed", input_shape=(3, side, side))
@@ -525,7 +560,8 @@ def test_other_peoples_networks_without_special_code(name):
     net.eval()
     assert mx.M == L + 1 and mx.heads[0].shape == first and mx.heads[-1].shape == last
     with torch.no_grad(): logits, plain = mx(x), net(x)
-    assert torch.equal(logits[-1], plain) and torch.equal(mx.vanilla(x), plain) and logits.shape == (L + 1, 5, 6)
+    assert torch.equal(logits[-1], plain) and torch.equal(mx.vanilla(x), plain)
+    assert logits.shape == (L + 1, 5, 6)
     assert torch.equal(mx.classify(mx.features(x)), logits[:-1])
     cost = mx.exit_cost()
     assert len(cost) == L + 1 and (cost.diff() >= 0).all() and cost[0] > 0 and cost[-1] == 1
@@ -568,7 +604,8 @@ def test_a_buffer_read_by_foreign_code_follows_the_network():
             self.shift = nn.Parameter(torch.tensor(1.))
             self.a, self.b, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 3)
 
-        def forward(self, x): return self.fc((self.b(self.a(x*self.scale) + self.shift)*self.scale).mean((2, 3)))
+        def forward(self, x):
+            return self.fc((self.b(self.a(x*self.scale) + self.shift)*self.scale).mean((2, 3)))
 
     net, x = Scaled().eval(), torch.rand(2, 3, 9, 9, generator=seeded(0))
     mx = MultiExitNet.from_vanilla(net, input_shape=(3, 9, 9))
@@ -622,13 +659,15 @@ def test_train_exits_takes_another_fit():
 def test_calibration_on_a_loader_equals_stored_logits():
     mx, data = tiny("resnet"), noise()
     stored = stored_logits(mx, data)
-    assert torch.equal(stored[1], data.tensors["label"]) and torch.allclose(stored[0], mx(data.tensors["image"]), atol=1e-4)
+    assert torch.equal(stored[1], data.tensors["label"])
+    assert torch.allclose(stored[0], mx(data.tensors["image"]), atol=1e-4)
     by_loader = calibrate(ConfidencePolicy(.5), mx, batches(data, 7, shuffle=False), target_cost=.8)
     assert by_loader == calibrate(ConfidencePolicy(.5), mx, data, target_cost=.8) \
         == calibrate(ConfidencePolicy(.5), mx.exit_cost(), stored, target_cost=.8)
 
 
-PROGRAMS = [("resnet", "pt2"), ("vgg", "pt2"), ("mobilenet_v3_small", "pt2"), ("timm vit_tiny", "pt2"), ("resnet", "onnx")]
+PROGRAMS = [("resnet", "pt2"), ("vgg", "pt2"), ("mobilenet_v3_small", "pt2"), ("timm vit_tiny", "pt2"),
+            ("resnet", "onnx")]
 
 
 @pytest.mark.parametrize("name,format", PROGRAMS)
@@ -638,13 +677,15 @@ def test_exported_stages_decide_as_the_network(name, format, tmp_path):
     if name in NETS: mx, side = tiny(name), 16
     else:
         make, side = FOREIGN[name][:2]
-        mx = MultiExitNet.from_vanilla(init_weights(make(), seeded(0)), [1, 4], "mixed", (3, side, side), seeded(1)).eval()
+        mx = MultiExitNet.from_vanilla(init_weights(make(), seeded(0)), [1, 4], "mixed", (3, side, side),
+                                       seeded(1)).eval()
     programs = load_stages(export_stages(mx, tmp_path / "stages", format=format).parent)
     rng = np.random.default_rng(0)
     for n, B in enumerate([1, 7, 16, 3, 12, 5, 1]):
         x = torch.rand(B, 3, side, side, generator=seeded(n)) ** rng.uniform(.3, 4)
         with torch.no_grad(): logits = mx(x)
-        policy = some_policy(n, rng, logits, torch.arange(B) % 5) if n else ConfidencePolicy(logits[0].softmax(-1).amax().item() - .01)
+        policy = (some_policy(n, rng, logits, torch.arange(B) % 5) if n
+                  else ConfidencePolicy(logits[0].softmax(-1).amax().item() - .01))
         early, outside = run_early_exit(mx, x, policy), programs.run(x, policy)
         assert torch.equal(early.exit, outside.exit) and torch.equal(early.pred, outside.pred), policy
         assert torch.allclose(programs(x), logits, rtol=1e-3, atol=1e-3)

@@ -32,7 +32,8 @@ def test_ridge_is_scikit_learns(p, alpha):
     expected = predict(Ridge(alpha=alpha), x, y, np.arange(60) % 5)
     np.testing.assert_allclose(got.prediction, expected, atol=1e-8)
     np.testing.assert_allclose(got.r, [pearsonr(expected[:, n], y[:, n])[0] for n in range(6)], atol=1e-8)
-    assert got.median == pytest.approx(np.median(got.r)) and (got.alpha == alpha).all() and got.alpha.shape == (5, 6)
+    assert got.median == pytest.approx(np.median(got.r)) and (got.alpha == alpha).all()
+    assert got.alpha.shape == (5, 6)
 
 
 @pytest.mark.parametrize("p", [8, 200])
@@ -53,10 +54,12 @@ def test_inner_choice_is_ridgecvs(p):
 def test_the_common_penalty_weighs_neurons_by_their_variance():
     x, y = features(n=30)
     grid, fold = np.array([.1, 3., 100.]), np.arange(30) % 5
-    got = linear_predictivity(x, y*np.array([1, 1, 1, 1, 1, 1e4]), alphas=grid, **ONCE)  # one neuron in other units
+    # one neuron in other units
+    got = linear_predictivity(x, y*np.array([1, 1, 1, 1, 1, 1e4]), alphas=grid, **ONCE)
     for k in range(5):
         X, Y = x[fold != k], y[fold != k]
-        loss = [np.mean(np.mean((Y - cross_val_predict(Ridge(alpha=a), X, Y, cv=KFold(len(X))))**2, 0)/Y.var(0)) for a in grid]
+        guesses = [cross_val_predict(Ridge(alpha=a), X, Y, cv=KFold(len(X))) for a in grid]
+        loss = [np.mean(np.mean((Y - guess)**2, 0)/Y.var(0)) for guess in guesses]
         assert (got.alpha[k] == grid[np.argmin(loss)]).all()
 
 
@@ -76,40 +79,46 @@ def test_pls_is_scikit_learns(p):
     x, y = features(p=p)
     got = linear_predictivity(x, y, method="pls", components=10, **ONCE)
     expected = predict(PLSRegression(10, scale=False), x, y, np.arange(60) % 5)
-    np.testing.assert_allclose(got.prediction, expected, atol=2e-3*y.std())  # its inner iteration stops at 1e-6
+    # its inner iteration stops at 1e-6
+    np.testing.assert_allclose(got.prediction, expected, atol=2e-3*y.std())
     assert np.isnan(got.alpha).all()
 
 
 def test_scores_on_the_same_predictions():
     x, y = features()
     fold = np.arange(60) % 5
-    runs = {score: linear_predictivity(x, y, folds=5, score=score) for score in ("pooled", "folds", "relative")}
+    runs = {score: linear_predictivity(x, y, folds=5, score=score)
+            for score in ("pooled", "folds", "relative")}
     predicted = runs["pooled"].prediction
     assert all(np.array_equal(run.prediction, predicted) for run in runs.values())
     within = [[pearsonr(predicted[fold == k, n], y[fold == k, n])[0] for n in range(6)] for k in range(5)]
     np.testing.assert_allclose(runs["folds"].r, np.mean(within, 0), rtol=1e-9)
     trained = np.stack([y[fold != k].mean(0) for k in fold])
-    np.testing.assert_allclose(runs["relative"].r, [pearsonr((predicted - trained)[:, n], (y - trained)[:, n])[0] for n in range(6)], rtol=1e-9)
+    relative = [pearsonr((predicted - trained)[:, n], (y - trained)[:, n])[0] for n in range(6)]
+    np.testing.assert_allclose(runs["relative"].r, relative, rtol=1e-9)
 
 
 def test_chance_is_zero_unless_pooled():
     """50 stimuli, 200 neurons without any relation to the features: what plain correlation makes of that."""
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((50, 100)), rng.standard_normal((50, 200))
-    mean = {score: linear_predictivity(x, y, score=score).r.mean() for score in ("relative", "folds", "pooled")}
+    mean = {score: linear_predictivity(x, y, score=score).r.mean()
+            for score in ("relative", "folds", "pooled")}
     assert abs(mean["relative"]) < .03 and abs(mean["folds"]) < .05 and mean["pooled"] < -.15
 
 
 def test_folds():
     assert fold_numbers(7, 3).tolist() == [0, 1, 2, 0, 1, 2, 0]
     shuffled = fold_numbers(100, 10, seed=3)
-    assert np.array_equal(shuffled, fold_numbers(100, 10, seed=3)) and not np.array_equal(shuffled, fold_numbers(100, 10))
+    assert np.array_equal(shuffled, fold_numbers(100, 10, seed=3))
+    assert not np.array_equal(shuffled, fold_numbers(100, 10))
     assert np.bincount(shuffled).tolist() == [10]*10
     x, y = features()
     named = linear_predictivity(x, y, folds=np.array(["a", "b", "c"])[np.arange(60) % 3])
     np.testing.assert_array_equal(named.r, linear_predictivity(x, y, folds=3).r)
     assert not np.array_equal(linear_predictivity(x, y, folds=3, seed=0).r, named.r)
-    np.testing.assert_array_equal(linear_predictivity(x, y, folds=3, seed=0).fold, fold_numbers(60, 3, seed=0))
+    np.testing.assert_array_equal(linear_predictivity(x, y, folds=3, seed=0).fold,
+                                  fold_numbers(60, 3, seed=0))
 
 
 def test_no_test_response_is_looked_at():
@@ -135,21 +144,24 @@ def test_ceiling_and_kinds():
     got = linear_predictivity(x, mean, trials)
     np.testing.assert_array_equal(got.ceiling, correlation_ceiling(trials))
     np.testing.assert_array_equal(got.corrected, got.r/got.ceiling)
-    assert np.isnan(got.corrected).any() and got.median_corrected == pytest.approx(np.nanmedian(got.corrected))
+    assert np.isnan(got.corrected).any()
+    assert got.median_corrected == pytest.approx(np.nanmedian(got.corrected))
     tensor = linear_predictivity(torch.tensor(x), torch.tensor(mean), torch.tensor(trials))
     for name in ("r", "prediction", "alpha", "ceiling", "corrected", "median", "median_corrected"):
         value = getattr(tensor, name)
         assert isinstance(value, torch.Tensor), name
         np.testing.assert_array_equal(value.numpy(), getattr(got, name))
     plain = linear_predictivity(torch.tensor(x), mean)
-    assert plain.ceiling is plain.corrected is plain.median_corrected is None and isinstance(plain.r, np.ndarray)
+    assert plain.ceiling is plain.corrected is plain.median_corrected is None
+    assert isinstance(plain.r, np.ndarray)
 
 
 def test_layers_lead():
     x, y = features()
     layers = np.stack([x, x[::-1], np.roll(x, 2, 1)*3])
     got = linear_predictivity(layers, y)
-    assert got.r.shape == (3, 6) and got.prediction.shape == (3, 60, 6) and got.alpha.shape == (3, 10, 6) and got.median.shape == (3,)
+    assert got.r.shape == (3, 6) and got.prediction.shape == (3, 60, 6) and got.alpha.shape == (3, 10, 6)
+    assert got.median.shape == (3,)
     for i in range(3): np.testing.assert_array_equal(got.r[i], linear_predictivity(layers[i], y).r)
     np.testing.assert_allclose(got.r[0], got.r[2], atol=1e-8)
 
@@ -158,17 +170,21 @@ def test_layers_lead():
 def test_a_silent_neuron_counts_zero(method):
     x, y = features()
     y[:, 2] = .1
-    with pytest.warns(UserWarning, match=r"neurons \[2\]"): got = linear_predictivity(x, y, method=method, components=3)
+    with pytest.warns(UserWarning, match=r"neurons \[2\]"):
+        got = linear_predictivity(x, y, method=method, components=3)
     assert got.r[2] == 0 and np.isfinite(got.r).all()
     alone = linear_predictivity(x, np.delete(y, 2, 1), method=method, components=3)
-    if method == "ridge": np.testing.assert_allclose(np.delete(got.alpha, 2, 1), alone.alpha)  # it has no vote on the penalty
+    # it has no vote on the penalty
+    if method == "ridge": np.testing.assert_allclose(np.delete(got.alpha, 2, 1), alone.alpha)
 
 
 def test_features_without_variation_predict_nothing():
     """A dead layer is no error: every neuron scores 0."""
-    with pytest.warns(UserWarning, match="do not vary"): got = linear_predictivity(np.ones((60, 4)), features()[1])
+    with pytest.warns(UserWarning, match="do not vary"):
+        got = linear_predictivity(np.ones((60, 4)), features()[1])
     assert (got.r == 0).all() and got.median == 0
-    with pytest.warns(UserWarning, match="do not vary"): got = linear_predictivity(np.zeros((60, 200)), features()[1])
+    with pytest.warns(UserWarning, match="do not vary"):
+        got = linear_predictivity(np.zeros((60, 200)), features()[1])
     assert (got.r == 0).all()
 
 

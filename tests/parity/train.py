@@ -1,4 +1,5 @@
-"""The learner against plain PyTorch loops, a killed and resumed fit against one that was left alone, two processes against one."""
+"""The learner against plain PyTorch loops, a killed and resumed fit against one that was left alone, two
+processes against one."""
 import hashlib
 import math
 import os
@@ -23,7 +24,8 @@ from visionbench.train.schedule import ScheduleCB, cosine, milestones, one_cycle
 ROOT = Path(__file__).resolve().parents[2]
 N, SIZE, EPOCHS, SEED = 50, 16, 3, 5
 STEPS = EPOCHS * math.ceil(N / SIZE)
-OPTIMIZERS = dict(sgd=lambda p: torch.optim.SGD(p, .1, momentum=.9, weight_decay=1e-3), adam=lambda p: torch.optim.Adam(p, .01),
+OPTIMIZERS = dict(sgd=lambda p: torch.optim.SGD(p, .1, momentum=.9, weight_decay=1e-3),
+                  adam=lambda p: torch.optim.Adam(p, .01),
                   nesterov=lambda p: torch.optim.SGD(p, .05, momentum=.9, nesterov=True))
 SCHEDULES = dict(one_cycle=(one_cycle(.2), lambda o: OneCycleLR(o, .2, total_steps=STEPS)),
                  cosine=(cosine(.003), lambda o: CosineAnnealingLR(o, STEPS, eta_min=.003)),
@@ -65,7 +67,8 @@ def ours(net, optimizer, *callbacks, **more):
     x, y = data()
     trace = Trace()
     loader = batches(DictData(x=x, label=y), SIZE, SEED)
-    Learner(net, lambda out, b: dict(ce=F.cross_entropy(out, b["label"]), decay=.01 * out.square().mean()), loader, optimizer,
+    Learner(net, lambda out, b: dict(ce=F.cross_entropy(out, b["label"]), decay=.01 * out.square().mean()),
+            loader, optimizer,
             [*callbacks, trace], forward=lambda m, b: m(b["x"]), seed=SEED, device="cpu", **more).fit(EPOCHS)
     return trace
 
@@ -131,7 +134,8 @@ def test_schedules_equal_schedulers_stepped_by_hand(name):
 def test_schedules_equal_their_formulas():
     net = network()
     rates = ours(net, torch.optim.SGD(net.parameters(), .05), ScheduleCB(cosine(.003))).rates
-    assert rates == pytest.approx([.003 + (.05 - .003) * (1 + math.cos(math.pi * t / STEPS)) / 2 for t in range(STEPS)], rel=1e-9)
+    wanted = [.003 + (.05 - .003) * (1 + math.cos(math.pi * t / STEPS)) / 2 for t in range(STEPS)]
+    assert rates == pytest.approx(wanted, rel=1e-9)
     net = network()
     rates = ours(net, torch.optim.SGD(net.parameters(), .05), ScheduleCB(milestones((1/3, 2/3)))).rates
     assert rates == pytest.approx([.05 * .1 ** (t // 4) for t in range(STEPS)], rel=1e-9)
@@ -149,7 +153,8 @@ def test_clipping_equals_torch(largest):
     mine, theirs, norms = network(), network(), []
 
     class Norm:
-        def after_backward(self, learner): norms.append(math.sqrt(sum(p.grad.square().sum().item() for p in learner.model.parameters())))
+        def after_backward(self, learner):
+            norms.append(math.sqrt(sum(p.grad.square().sum().item() for p in learner.model.parameters())))
     a = ours(mine, OPTIMIZERS["sgd"](mine.parameters()), ClipGradientCB(largest), Norm())
     b = plain(theirs, OPTIMIZERS["sgd"](theirs.parameters()), clip=largest)
     assert a.totals == b.totals and same_bits(mine, theirs)
@@ -172,8 +177,8 @@ def finish(command, folder, timeout=200):
     """Run a command in `folder` to its end, or end it and all its children; its output."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "OMP_NUM_THREADS": "1",
            "ACCELERATE_USE_CPU": "true"}
-    process = subprocess.Popen(list(map(str, command)), cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
+    process = subprocess.Popen(list(map(str, command)), cwd=folder, env=env, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -213,15 +218,19 @@ def train(out, method, event="", at=0):
     config = ToyConfig(method=method, out=out)
     with Run.create(config) as run:
         torch.manual_seed(3)
-        net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(.3), nn.Flatten(), nn.Linear(64, 3))
+        net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(.3), nn.Flatten(),
+                            nn.Linear(64, 3))
         x, y = torch.rand(40, 1, 6, 6), torch.randint(3, (40,))
         p = net.parameters()
         optimizer = torch.optim.Adam(p, .01) if method == "adam" else torch.optim.SGD(p, .05, momentum=.9)
         schedule = [ScheduleCB(one_cycle(.1))] if method == "one_cycle" else []
-        Learner(net, lambda out, b: dict(ce=nn.functional.cross_entropy(out, b["label"]), size=.01 * out.square().mean()),
-                batches(DictData(image=x, label=y), 8, seed=4), optimizer,
-                [*schedule, RecordCB(run, "train", accuracy=lambda out, b: (out.argmax(1) == b["label"]).float().mean()), Die(event, at),
-                 CheckpointCB(run.path / "checkpoints" / "train", config.hash, every=2)], seed=6, device="cpu").fit(4)
+        def loss(out, b):
+            return dict(ce=nn.functional.cross_entropy(out, b["label"]), size=.01 * out.square().mean())
+        def accuracy(out, b): return (out.argmax(1) == b["label"]).float().mean()
+        saving = CheckpointCB(run.path / "checkpoints" / "train", config.hash, every=2)
+        Learner(net, loss, batches(DictData(image=x, label=y), 8, seed=4), optimizer,
+                [*schedule, RecordCB(run, "train", accuracy=accuracy), Die(event, at), saving],
+                seed=6, device="cpu").fit(4)
 
 def killed(*given):
     "`train` in a process of its own, which is to die; the signal that ended it."
@@ -233,13 +242,15 @@ def killed(*given):
 
 root, kills = sys.argv[1], [k.split(",") for k in sys.argv[2:]]
 once = nn.Linear(1, 1)  # what is imported on first use shall be there before the forks
-Learner(once, lambda out, b: dict(out=out.sum()), batches(DictData(image=torch.ones(1, 1)), 1), torch.optim.SGD(once.parameters(), .1), device="cpu").fit(1)
+Learner(once, lambda out, b: dict(out=out.sum()), batches(DictData(image=torch.ones(1, 1)), 1),
+        torch.optim.SGD(once.parameters(), .1), device="cpu").fit(1)
 print(*[killed(f"{root}/{event}{at}", method, event, int(at)) for method, event, at in kills])
 for method, event, at in kills: train(f"{root}/{event}{at}", method)
 for method in {k[0] for k in kills}: train(f"{root}/whole", method)
 '''
 # in the middle of an epoch, before the first checkpoint, and between the rows of an epoch and its checkpoint
-KILLS = [("sgd", "step", 13), ("adam", "step", 13), ("one_cycle", "step", 13), ("one_cycle", "step", 1), ("one_cycle", "epoch", 2)]
+KILLS = [("sgd", "step", 13), ("adam", "step", 13), ("one_cycle", "step", 13), ("one_cycle", "step", 1),
+         ("one_cycle", "epoch", 2)]
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +258,8 @@ def resumed(tmp_path_factory):
     """Fits of three kinds, left alone, and killed in a process of their own and resumed."""
     folder = tmp_path_factory.mktemp("resume")
     (folder / "resume.py").write_text(RESUME)
-    said = finish([sys.executable, folder / "resume.py", folder, *[",".join(map(str, k)) for k in KILLS]], folder)
+    said = finish([sys.executable, folder / "resume.py", folder,
+                   *[",".join(map(str, k)) for k in KILLS]], folder)
     assert list(map(int, said.split())) == [-signal.SIGKILL] * len(KILLS)
     return folder
 
@@ -256,15 +268,18 @@ def resumed(tmp_path_factory):
 @pytest.mark.parametrize("method,event,at", KILLS)
 def test_resume_after_sigkill_equals_an_undisturbed_fit_to_the_last_bit(resumed, method, event, at):
     def parts(name):
-        (found,) = [p for p in (resumed / name / "toy").iterdir() if f'"method": "{method}"' in (p / "settings.json").read_text()]
+        (found,) = [p for p in (resumed / name / "toy").iterdir()
+                    if f'"method": "{method}"' in (p / "settings.json").read_text()]
         return pd.read_parquet(found / "metrics.parquet"), sorted((found / "checkpoints" / "train").iterdir())
     (expected, checkpoints), (got, others) = parts("whole"), parts(f"{event}{at}")
     assert len(expected) == 4 * 3 and expected.step.tolist() == [s for s in (5, 10, 15, 20) for _ in range(3)]
     pd.testing.assert_frame_equal(got, expected, check_exact=True)
-    assert [p.name for p in others] == [p.name for p in checkpoints] == ["step-00000018.safetensors", "step-00000020.safetensors"]
+    names = ["step-00000018.safetensors", "step-00000020.safetensors"]
+    assert [p.name for p in others] == [p.name for p in checkpoints] == names
     for one, two in zip(map(load_checkpoint, others), map(load_checkpoint, checkpoints)):
         assert digest(one.tensors) == digest(two.tensors) and one.state == two.state
-        assert {k: v.numpy().tobytes() for k, v in one.tensors.items()} == {k: v.numpy().tobytes() for k, v in two.tensors.items()}
+        bits = [{k: v.numpy().tobytes() for k, v in c.tensors.items()} for c in (one, two)]
+        assert bits[0] == bits[1]
     assert two.tensors["model/1.num_batches_tracked"] == 20 and "rng/cpu" in two.tensors
 
 
@@ -289,18 +304,22 @@ def train(folder, epochs=2):
     torch.manual_seed(3)
     net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1))
     x = torch.randn(48, 5)
-    learner = Learner(net, lambda o, b: dict(mse=(o - b["y"]).square().mean()), batches(DictData(x=x, y=x.sin().sum(1, keepdim=True)), size, seed=1),
-                      torch.optim.SGD(net.parameters(), .1, momentum=.9), [callbacks.CheckpointCB(folder, every=4, keep=9)],
+    loader = batches(DictData(x=x, y=x.sin().sum(1, keepdim=True)), size, seed=1)
+    learner = Learner(net, lambda o, b: dict(mse=(o - b["y"]).square().mean()), loader,
+                      torch.optim.SGD(net.parameters(), .1, momentum=.9),
+                      [callbacks.CheckpointCB(folder, every=4, keep=9)],
                       forward=lambda m, b: m(b["x"]), device="cpu").fit(epochs)
     learner.accelerator.wait_for_everyone()
     return learner, net
 
 learner, net = train(out / "a")
-facts = dict(processes=learner.accelerator.num_processes, steps=learner.iteration, backend=str(learner.accelerator.distributed_type))
+facts = dict(processes=learner.accelerator.num_processes, steps=learner.iteration,
+             backend=str(learner.accelerator.distributed_type))
 torch.save(dict(facts=facts, net=net.state_dict()), out / f"rank-{rank}.pt")
 if rank == 0:
     (out / "b").mkdir()
-    (out / "b" / "step-00000004.safetensors").write_bytes((out / "a" / "step-00000004.safetensors").read_bytes())
+    name = "step-00000004.safetensors"
+    (out / "b" / name).write_bytes((out / "a" / name).read_bytes())
 learner.accelerator.wait_for_everyone()
 torch.save(train(out / "b")[1].state_dict(), out / f"resumed-{rank}.pt")
 '''
@@ -313,8 +332,10 @@ def parallel(tmp_path_factory):
         pytest.skip("this build of torch has no gloo, so two CPU processes cannot talk")
     folder = tmp_path_factory.mktemp("parallel")
     (folder / "party.py").write_text(PARALLEL)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--module", "party"]
-    for name, command in (("two", [*launch, folder / "two", "4"]), ("one", [sys.executable, "-m", "party", folder / "one", "8"])):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+              "--module", "party"]
+    for name, command in (("two", [*launch, folder / "two", "4"]),
+                          ("one", [sys.executable, "-m", "party", folder / "one", "8"])):
         (folder / name).mkdir()
         finish(command, folder)
     return folder
@@ -326,7 +347,8 @@ def test_two_processes_end_with_the_same_weights_and_one_writes(parallel):
     assert one["facts"] == two["facts"] and one["facts"]["processes"] == 2 and one["facts"]["steps"] == 12
     assert all(torch.equal(one["net"][k], two["net"][k]) for k in one["net"])
     assert (parallel / "two/writer-0").exists() and not (parallel / "two/writer-1").exists()
-    assert sorted(p.name for p in (parallel / "two/a").iterdir()) == [f"step-{k:08}.safetensors" for k in (4, 6, 8, 12)]
+    names = sorted(p.name for p in (parallel / "two/a").iterdir())
+    assert names == [f"step-{k:08}.safetensors" for k in (4, 6, 8, 12)]
 
 
 @pytest.mark.slow
@@ -339,5 +361,7 @@ def test_two_processes_average_to_one_with_double_batches(parallel):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["one", "two"])
 def test_processes_resume_in_the_middle_of_an_epoch(parallel, name):
-    whole, again = torch.load(parallel / name / "rank-0.pt")["net"], torch.load(parallel / name / "resumed-0.pt")
-    for k, v in whole.items(): assert torch.equal(again[k], v), f"{k} differs by {(again[k] - v).abs().max():.3g} after resuming"
+    whole = torch.load(parallel / name / "rank-0.pt")["net"]
+    again = torch.load(parallel / name / "resumed-0.pt")
+    for k, v in whole.items():
+        assert torch.equal(again[k], v), f"{k} differs by {(again[k] - v).abs().max():.3g} after resuming"

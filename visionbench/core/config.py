@@ -53,7 +53,8 @@ def check_value(
     "Return `value` in the field's type, or raise `ConfigError` naming value, unit and bounds."
     if tuple in (kind, typing.get_origin(kind)) and isinstance(value, list): value = tuple(value)
     if typing.get_args(kind) and isinstance(value, tuple):
-        return tuple(check_value(f"{name}[{i}]", v, typing.get_args(kind)[0], meta) for i, v in enumerate(value))
+        return tuple(check_value(f"{name}[{i}]", v, typing.get_args(kind)[0], meta)
+                     for i, v in enumerate(value))
     if kind is float and isinstance(value, int) and not isinstance(value, bool): value = float(value)
     want = typing.get_origin(kind) or kind
     if not isinstance(value, want) or (isinstance(value, bool) and want is not bool):
@@ -63,8 +64,9 @@ def check_value(
         raise ConfigError(f"{name}: " + closest(value, map(str, meta["choices"]), "choice"))
     low, high = meta.get("low"), meta.get("high")
     if any(not _inside(v, low, high) for v in (value if isinstance(value, tuple) else (value,))):
-        raise ConfigError(f"{name} = {value!r} is outside {low if low is not None else '-∞'} … "
-                          f"{high if high is not None else '∞'}" + (f" {meta['unit']}" if meta.get("unit") else "") + ".")
+        span = f"{low if low is not None else '-∞'} … {high if high is not None else '∞'}"
+        raise ConfigError(f"{name} = {value!r} is outside {span}"
+                          + (f" {meta['unit']}" if meta.get("unit") else "") + ".")
     return value
 
 
@@ -110,7 +112,8 @@ class Config:
     def replace(self, **changes) -> "Config":
         "A copy with `changes`; raises `ConfigError` on an unknown field or a bad value."
         for name in changes:
-            if name not in self.fields(): raise ConfigError(closest(name, self.fields(), f"{self.system} setting".strip()))
+            if name not in self.fields():
+                raise ConfigError(closest(name, self.fields(), f"{self.system} setting".strip()))
         return dataclasses.replace(self, **changes)
 
     def as_dict(self) -> dict:
@@ -134,6 +137,7 @@ def settings_table(
     config: Config | type[Config],  # settings, or the class for its defaults
 ) -> list[dict]:  # rows: setting, value, unit, meaning
     "Rows describing every setting, in declaration order."
-    values = config.as_dict() if isinstance(config, Config) else {f.name: f.default for f in dataclasses.fields(config)}
+    values = (config.as_dict() if isinstance(config, Config)
+              else {f.name: f.default for f in dataclasses.fields(config)})
     return [dict(setting=name, value=values[name], unit=meta.get("unit", ""), meaning=meta.get("doc", ""))
             for name, (_, meta) in config.fields().items()]

@@ -24,7 +24,7 @@ def atomic_write(
             f.write(content.encode() if isinstance(content, str) else content)
             f.flush()
             os.fsync(f.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp is private; a result file is the user's like any other
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp is private; a result file is like any other
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -43,7 +43,8 @@ def pick_device(
     if not have[kind]: raise ValueError(f"device '{name}' is not available here; available: "
                                         f"{', '.join(k for k, there in have.items() if there)}.")
     if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
-        raise ValueError(f"device '{name}' does not exist; this machine has cuda:0 … cuda:{torch.cuda.device_count() - 1}.")
+        last = torch.cuda.device_count() - 1
+        raise ValueError(f"device '{name}' does not exist; this machine has cuda:0 … cuda:{last}.")
     return torch.device(name)
 
 
@@ -81,14 +82,16 @@ class DictData(Dataset):
         **tensors: Tensor,  # each (N, …); uint8 `image` becomes float32 in [0,1] on access
     ):
         sizes = {k: len(v) for k, v in tensors.items()}
-        if len(set(sizes.values())) != 1: raise ValueError(f"tensors must share their first size, got {sizes}.")
+        if len(set(sizes.values())) != 1:
+            raise ValueError(f"tensors must share their first size, got {sizes}.")
         self.tensors, self.transform = tensors, transform
 
     def __len__(self): return len(next(iter(self.tensors.values())))
 
     def __getitem__(self, i):
         batch = {k: v[i] for k, v in self.tensors.items()}
-        if "image" in batch and batch["image"].dtype == torch.uint8: batch["image"] = batch["image"].float() / 255
+        if "image" in batch and batch["image"].dtype == torch.uint8:
+            batch["image"] = batch["image"].float() / 255
         return self.transform(batch) if self.transform else batch
 
     def __getitems__(self, indices: list[int]) -> dict: return self[indices]
@@ -103,7 +106,9 @@ class EpochBatches(BatchSampler):
         shuffle: bool = True,  # False: 0 … n−1 in every epoch
         drop_last: bool = False,  # leave out a last, smaller batch
     ):
-        if n < 1 or size < 1: raise ValueError(f"need at least one sample and one per batch, got {n} samples, batch size {size}.")
+        if n < 1 or size < 1:
+            raise ValueError("need at least one sample and one per batch, "
+                             f"got {n} samples, batch size {size}.")
         super().__init__(SequentialSampler(range(n)), size, drop_last)
         self.n, self.seed, self.shuffle, self.epoch, self.skip = n, seed, shuffle, 0, 0
 
@@ -114,7 +119,8 @@ class EpochBatches(BatchSampler):
     def __len__(self): return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = torch.randperm(self.n, generator=generator(self.seed, "epoch", self.epoch)) if self.shuffle else torch.arange(self.n)
+        order = (torch.randperm(self.n, generator=generator(self.seed, "epoch", self.epoch)) if self.shuffle
+                 else torch.arange(self.n))
         chunks = order.split(self.batch_size)
         return (c.tolist() for c in chunks[self.skip:len(self)])
 
@@ -129,7 +135,8 @@ def batches(
 ) -> DataLoader:  # yields dicts of tensors; `loader.batch_sampler` is the `EpochBatches`
     "A loader of dict batches, fetched by index list in one go."
     order = EpochBatches(len(data), size, seed, shuffle, drop_last)
-    own = generator(seed, "loader")  # else each pass would draw from the global state, and a resumed one once more
+    # else each pass would draw from the global state, and a resumed one once more
+    own = generator(seed, "loader")
     return DataLoader(data, batch_sampler=order, collate_fn=_whole, num_workers=workers, generator=own)
 
 

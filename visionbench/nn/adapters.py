@@ -119,8 +119,8 @@ def places_at(
         if len(calls) != 1: raise ValueError(f"at: {name!r} is called {len(calls)} times, expected once")
         if calls[0] not in road:
             alone = [n.target.removeprefix('net.') for n in road if n.op == 'call_module']
-            raise ValueError(f"at: {name!r} is no place to cut, other values pass by it (a shortcut); nothing "
-                             f"passes by {alone}")
+            raise ValueError(f"at: {name!r} is no place to cut, other values pass by it (a shortcut); "
+                             f"nothing passes by {alone}")
         ends.append(calls[0])
     if sorted({*ends}, key=road.index) != ends:
         raise ValueError(f"at={at}: expected increasing depth, none twice")
@@ -133,7 +133,8 @@ def cut(
     input_shape:tuple=(3, 32, 32) # (C,H,W) of the images
 ) -> Cut: # in the mode of `net`; with stages()
     "Find where `net` can be opened. Raises TypeError if nowhere, ValueError on names it does not have."
-    if isinstance(at, str) and at != 'auto': raise ValueError(f"{at=}: accepted are 'auto' or a list of names")
+    if isinstance(at, str) and at != 'auto':
+        raise ValueError(f"{at=}: accepted are 'auto' or a list of names")
     names = [] if isinstance(at, str) else known_names(net, at)
     parents = [n.rsplit('.', k)[0] for n in names for k in range(1, n.count('.') + 1)]
     enter = parents if names else openable(net)

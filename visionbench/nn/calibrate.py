@@ -36,7 +36,8 @@ class BudgetedPolicy(TemperedPolicy):
         if len(q) != M or not (q >= 0).all() or not 0 < q.sum() < inf or q[:self.min_exit].any():
             raise ValueError(f"share={self.share} with min_exit={self.min_exit}: expected a ratio above 0, "
                              f"or M={M} shares of 0 or more, 0 before min_exit")
-        if listed and abs(q.sum() - 1) > 1e-6: raise ValueError(f"share={self.share} sums to {q.sum():.4g}, not 1")
+        if listed and abs(q.sum() - 1) > 1e-6:
+            raise ValueError(f"share={self.share} sums to {q.sum():.4g}, not 1")
         return q / q.sum()
 
     def fit(self,
@@ -59,7 +60,8 @@ class BudgetedPolicy(TemperedPolicy):
         "Raise ValueError where the policy was not fitted, or for another number of outputs."
         super().check(M)
         if len(self.thresholds) != M - 1:
-            raise ValueError(f"{len(self.thresholds)} thresholds, M={M} outputs need {M - 1}: fit(logits) first")
+            raise ValueError(f"{len(self.thresholds)} thresholds, M={M} outputs need {M - 1}: "
+                             "fit(logits) first")
 
     def step(self, i:int, logits:Tensor, state:dict) -> tuple[Tensor, Tensor, Tensor, dict]:
         "Compare the confidence with this output's threshold."

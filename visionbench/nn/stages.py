@@ -29,8 +29,8 @@ def uncuttable(
     reason:str # what is in the way
 ) -> TypeError: # to be raised
     "The error for a network that cannot be cut, with the ways out."
-    return TypeError(f"{type(net).__name__} cannot be cut: give it a method stages() -> (stem, [blocks], head)"
-                     " with head(blocks(stem(x))) == forward(x), or name the modules to cut after, "
+    return TypeError(f"{type(net).__name__} cannot be cut: give it a method stages() -> (stem, [blocks], "
+                     "head) with head(blocks(stem(x))) == forward(x), or name the modules to cut after, "
                      f"cut(net, at=[…]); {reason}")
 
 def stages_of(

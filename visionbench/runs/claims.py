@@ -26,14 +26,16 @@ class Bound:
 
     def __post_init__(self):
         if self.sense not in ("≥", "≤"): raise ConfigError(f"a bound's sense is ≥ or ≤, got {self.sense!r}.")
-        if self.over not in ("each", "mean", "median"): raise ConfigError(f"a bound is over each, mean or median, got {self.over!r}.")
+        if self.over not in ("each", "mean", "median"):
+            raise ConfigError(f"a bound is over each, mean or median, got {self.over!r}.")
 
     def __call__(self, values: Sequence[float]) -> bool:
         "Whether the bound holds; a value that is not a number fails it."
         judged = values if self.over == "each" else [getattr(statistics, self.over)(values)]
         return all(v >= self.limit if self.sense == "≥" else v <= self.limit for v in judged)
 
-    def __str__(self): return f"{'each seed' if self.over == 'each' else self.over} {self.sense} {self.limit:g}"
+    def __str__(self):
+        return f"{'each seed' if self.over == 'each' else self.over} {self.sense} {self.limit:g}"
 
 # %% ../../nbs/runs/claims.ipynb #baa0d204
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class Claim:
         told = {seed: v for seed, v in sorted(values.items()) if v is not None}
         numbers = list(told.values())
         mean = statistics.fmean(numbers) if numbers else None
-        return dict(system=system, name=self.name, source=self.source, statement=self.statement, published=self.published,
+        return dict(system=system, name=self.name, source=self.source, statement=self.statement,
+                    published=self.published,
                     measured=mean if mean is not None and math.isfinite(mean) else None,
                     sd=statistics.stdev(numbers) if len(numbers) > 1 and math.isfinite(mean) else None,
                     seeds=list(told), holds=bool(self.holds(numbers)) if numbers else None)
@@ -81,10 +84,11 @@ def board(
     rows = []
     for (system, preset, hash), runs in groupby(sorted(done, key=group), group):
         values = [(r.settings["seed"], {c["name"]: c["measured"] for c in r.claims}) for r in runs]
-        rows += [c.record(system, {seed: v.get(c.name) for seed, v in values}) | dict(preset=preset, hash=hash)
-                 for c in claims.get(system, ())]
+        rows += [c.record(system, {seed: v.get(c.name) for seed, v in values})
+                 | dict(preset=preset, hash=hash) for c in claims.get(system, ())]
     tested = {r["system"] for r in rows}
-    return rows + [c.record(s, {}) | dict(preset="", hash="") for s, cs in claims.items() if s not in tested for c in cs]
+    return rows + [c.record(system, {}) | dict(preset="", hash="")
+                   for system in claims if system not in tested for c in claims[system]]
 
 # %% ../../nbs/runs/claims.ipynb #82f4b4e0
 VERDICT = {True: "holds", False: "does not hold", None: "not tested at this scale"}
@@ -97,6 +101,7 @@ def claims_table(
     def measured(r):
         if r["measured"] is None: return "—"
         spread = f" ± {r['sd']:.3g}" if r["sd"] is not None else ""
-        return f"{r['measured']:.3g}{spread} (seed{'s' * (len(r['seeds']) > 1)} {', '.join(map(str, r['seeds']))})"
+        seeds = f"seed{'s' * (len(r['seeds']) > 1)} {', '.join(map(str, r['seeds']))}"
+        return f"{r['measured']:.3g}{spread} ({seeds})"
     return [{"system": r["system"], "claim": r["statement"], "published": r["published"] or "—",
              "this run": measured(r), "verdict": VERDICT[r["holds"]]} for r in records]

@@ -22,7 +22,8 @@ def differing(
     "What was changed on a preset."
     if kind is None: return settings
     start = kind.start(settings["preset"]).as_dict()
-    return {k: v for k, v in settings.items() if k not in ("system", "hash", "preset", "out") and v != start.get(k)}
+    return {k: v for k, v in settings.items() if k not in ("system", "hash", "preset", "out")
+            and v != start.get(k)}
 
 # %% ../../nbs/runs/describe.ipynb #e32d9827
 def last_metrics(
@@ -31,7 +32,8 @@ def last_metrics(
     "The last value of each metric, or its range where free columns tell values apart."
     lines = []
     for (stage, name), rows in metrics.groupby(["stage", "name"], sort=False):
-        free = [c for c in rows if c not in ("stage", "name", "epoch", "step", "value") and rows[c].notna().any()]
+        free = [c for c in rows if c not in ("stage", "name", "epoch", "step", "value")
+                and rows[c].notna().any()]
         low, high, end = rows.value.min(), rows.value.max(), rows.value.iloc[-1]
         told = f"{low:.4g} … {high:.4g} over {', '.join(free)} ({len(rows)} values)" if free else f"{end:.4g}"
         lines.append(f"{stage:10}  {name:24}  {told}")
@@ -43,7 +45,8 @@ def files(
 ) -> list[str]:  # one line per entry; a folder counts all it holds
     "Names and sizes of what lies in a run folder."
     def size(p): return sum(f.stat().st_size for f in ([p] if p.is_file() else p.rglob("*")) if f.is_file())
-    return [f"{size(p) / 1024:9.1f} KiB  {p.name}{'/' * p.is_dir()}" for p in sorted(folder.iterdir()) if p.name[0] != "."]
+    return [f"{size(p) / 1024:9.1f} KiB  {p.name}{'/' * p.is_dir()}"
+            for p in sorted(folder.iterdir()) if p.name[0] != "."]
 
 # %% ../../nbs/runs/describe.ipynb #dd30d5c8
 def describe(
@@ -53,8 +56,10 @@ def describe(
     "Settings, state, last numbers, claims and files of a run."
     settings, status = run.settings, run.status
     changed = ", ".join(f"{k}={v}" for k, v in differing(settings, kind).items()) or "nothing"
+    why = [status["reason"]] if status.get("reason") else []
     parts = {f"{settings['system']} {settings['preset']}, changed: {changed}": [str(run.path.resolve())],
-             f"{run.state} after {status.get('seconds', 0):.0f} s": [status["reason"]] if status.get("reason") else [],
+             f"{run.state} after {status.get('seconds', 0):.0f} s": why,
              "metrics": last_metrics(run.metrics),
-             "claims": [f"{VERDICT[c['holds']]:25} {c['statement']}" for c in run.claims], "files": files(run.path)}
+             "claims": [f"{VERDICT[c['holds']]:25} {c['statement']}" for c in run.claims],
+             "files": files(run.path)}
     return "\n".join(line for title, lines in parts.items() for line in (title, *(f"  {x}" for x in lines)))

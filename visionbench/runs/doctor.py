@@ -47,7 +47,8 @@ def optional_parts() -> dict[str, str | None]:  # name → where it is, or None
     "Which optional parts are here."
     def program(*names): return next((found for n in names if n and (found := shutil.which(n))), None)
     def package(name): return spec.origin if (spec := importlib.util.find_spec(name)) else None
-    chrome = (os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    chrome = (os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome",
+              "google-chrome-stable")
     return dict(nbdev=package("nbdev"), playwright=package("playwright"), chromium=program(*chrome),
                 quarto=program("quarto"), git=program("git"))
 
@@ -58,7 +59,8 @@ def devices() -> list[str]:  # each begins with what `--device` takes
     except Exception: return []
     cuda = [f"cuda:{i} {(p := torch.cuda.get_device_properties(i)).name}, {p.total_memory / 2**30:.0f} GiB"
             for i in range(torch.cuda.device_count())]
-    return cuda + ["mps"] * torch.backends.mps.is_available() + [f"cpu {os.cpu_count()} cores, {torch.get_num_threads()} threads"]
+    cpu = f"cpu {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return cuda + ["mps"] * torch.backends.mps.is_available() + [cpu]
 
 
 def free_space(
@@ -78,18 +80,23 @@ def diagnosis(
     found, problems = versions()
     free = {str(p): free_space(p) for p in folders}
     problems += [f"only {gb} GiB free for {p}" for p, gb in free.items() if gb < 1]
-    problems += [f"no notebook of {s}" for s in systems if not any((p / f"{s}.ipynb").is_file() for p in PLACES)]
-    return dict(visionbench=visionbench.__version__, python=sys.version.split()[0], kernel=sys.executable, packages=found,
-                devices=devices(), free_gib=free, optional=optional_parts(), problems=problems)
+    problems += [f"no notebook of {s}" for s in systems
+                 if not any((p / f"{s}.ipynb").is_file() for p in PLACES)]
+    return dict(visionbench=visionbench.__version__, python=sys.version.split()[0], kernel=sys.executable,
+                packages=found, devices=devices(), free_gib=free, optional=optional_parts(),
+                problems=problems)
 
 
 def as_text(
     found: dict,  # from `diagnosis`
 ) -> str:  # some lines
     "A diagnosis for people."
-    parts = {f"visionbench {found['visionbench']}, Python {found['python']}": [f"kernels by {found['kernel']}"],
-             "packages": [f"{k:12} {v or 'does not import'}" for k, v in found["packages"].items()],
-             "devices": found["devices"], "free disk": [f"{gb:8.1f} GiB  {p}" for p, gb in found["free_gib"].items()],
-             "optional": [f"{k:12} {where or f'missing; {OPTIONAL[k]}'}" for k, where in found["optional"].items()],
-             "problems": found["problems"] or ["none"]}
+    parts = {
+        f"visionbench {found['visionbench']}, Python {found['python']}": [f"kernels by {found['kernel']}"],
+        "packages": [f"{k:12} {v or 'does not import'}" for k, v in found["packages"].items()],
+        "devices": found["devices"],
+        "free disk": [f"{gb:8.1f} GiB  {p}" for p, gb in found["free_gib"].items()],
+        "optional": [f"{k:12} {where or f'missing; {OPTIONAL[k]}'}"
+                     for k, where in found["optional"].items()],
+        "problems": found["problems"] or ["none"]}
     return "\n".join(line for title, lines in parts.items() for line in (title, *(f"  {x}" for x in lines)))

@@ -18,21 +18,23 @@ import visionbench
 def environment(
     device: str = "auto",  # the device a run asked for
 ) -> dict:  # JSON-able
-    "Versions, source commit and hardware of this process; raises `ValueError` when the device is not to be had."
-    from visionbench.core.tensors import device_name  # reading a run must not load torch, making one does anyway
+    "Versions, source commit and hardware of this process; raises `ValueError` on a device that is not there."
+    # reading a run must not load torch, making one does anyway
+    from visionbench.core.tensors import device_name
     def version(package):
         try: return importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError: return None
     names = ("visionbench", "torch", "torchvision", "accelerate", "numpy", "pandas")
     return dict(python=platform.python_version(), platform=platform.platform(), cores=os.cpu_count(),
-                device=device_name(device),
-                commit=source_commit(), **{n: version(n) for n in names})
+                device=device_name(device), commit=source_commit(), **{n: version(n) for n in names})
 
 
-def source_commit() -> str | None:  # short hash, "+" appended when the tree had changes; None outside a checkout
+def source_commit() -> str | None:  # short hash, "+" if the tree had changes; None outside a checkout
     "The git commit of the checkout this library is imported from."
     here = Path(visionbench.__file__).resolve().parents[1]
     if not (here / ".git").exists(): return None
-    def git(*words): return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, timeout=20).stdout.strip()
+    def git(*words):
+        done = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, timeout=20)
+        return done.stdout.strip()
     try: return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.TimeoutExpired): return None

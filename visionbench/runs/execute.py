@@ -27,7 +27,8 @@ from .record import Run, RunError
 
 # %% ../../nbs/runs/execute.ipynb #58dbb315
 PACKAGE = Path(visionbench.__file__).resolve().parent
-PLACES = [PACKAGE / "experiments", PACKAGE.parent / "nbs" / "experiments"]  # where experiment notebooks are looked for
+# where experiment notebooks are looked for
+PLACES = [PACKAGE / "experiments", PACKAGE.parent / "nbs" / "experiments"]
 
 
 class ExecuteError(RunError):
@@ -37,7 +38,7 @@ class ExecuteError(RunError):
 def find_notebook(
     system: str,  # e.g. "backdoor"
 ) -> Path:  # the experiment notebook of that system
-    "The notebook of a system, from the installed package or the checkout; raises `RunError` when there is none."
+    "The notebook of a system, from the package or the checkout; raises `RunError` when there is none."
     for folder in PLACES:
         if (path := folder / f"{system}.ipynb").is_file(): return path
     raise RunError(f"no notebook {system}.ipynb in {' or '.join(map(str, PLACES))}.")
@@ -87,11 +88,12 @@ def this_interpreter() -> type:  # a kernel manager class for nbclient
 
 @contextlib.contextmanager
 def kernel_environment():
-    "Environment variables for a kernel: plain progress bars, figures kept, this checkout importable; put back afterwards."
+    "Environment of a kernel: plain progress bars, figures kept, this checkout importable; undone at the end."
     before = dict(os.environ)
     os.environ |= dict(VISIONBENCH_TEXT_PROGRESS="1", MPLBACKEND="module://matplotlib_inline.backend_inline")
     if PLACES[1].is_dir():  # a checkout that need not be installed
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE.parent), before.get("PYTHONPATH")]))
+        paths = filter(None, [str(PACKAGE.parent), before.get("PYTHONPATH")])
+        os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     try: yield
     finally:
         os.environ.clear()
@@ -121,7 +123,8 @@ class Screen:
         self.bar.update()
 
 # %% ../../nbs/runs/execute.ipynb #a7663181
-BAR = re.compile(r".*?(\d+%\|.*?\||\d+it)[^\[]*\[[^\]]*\]")  # what tqdm writes; a warning may follow on the same line
+# what tqdm writes; a warning may follow on the same line
+BAR = re.compile(r".*?(\d+%\|.*?\||\d+it)[^\[]*\[[^\]]*\]")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -148,7 +151,8 @@ def tidy(
         if spoken: spoken[0].text = settled("".join(o.text for o in spoken))
         gone = [o for o in spoken if o is not spoken[0] or not o.text]
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if not any(o is g for g in gone) and WIDGET not in o.get("data", {})]
+            cell.outputs = [o for o in cell.outputs if not any(o is g for g in gone)
+                            and WIDGET not in o.get("data", {})]
     atomic_write(path, nbformat.writes(nb))
 
 # %% ../../nbs/runs/execute.ipynb #ebda13e7
@@ -157,7 +161,7 @@ def hold(
     folder: Path,  # a run folder, made if need be
     name: str = ".execute.lock",  # the lock's file
 ):
-    "Hold a lock of a run folder, saying so if it has to be waited for; raises `RunError` when the folder cannot be written."
+    "Hold a lock of a run folder, saying so if that means waiting; raises `RunError` if it cannot be written."
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / name)
@@ -175,7 +179,9 @@ def mark(
     **facts,  # what to add or change
 ):
     "Change some facts of a run's status."
-    with hold(run.path, ".lock"): atomic_write(run.path / "status.json", json.dumps(run.status | facts, indent=1, ensure_ascii=False) + "\n")
+    with hold(run.path, ".lock"):
+        text = json.dumps(run.status | facts, indent=1, ensure_ascii=False) + "\n"
+        atomic_write(run.path / "status.json", text)
 
 
 def empty(
@@ -210,13 +216,14 @@ def play(
     "Execute the notebook in a kernel of its own."
     from nbformat import read
     from papermill import execute_notebook
-    cells = 1 + sum(c.cell_type == "code" and bool(c.source.strip()) for c in read(notebook, as_version=4).cells)
-    screen = Screen(f"{config.system} {config.preset} seed {config.seed}", cells)
+    cells = [c for c in read(notebook, as_version=4).cells if c.cell_type == "code" and c.source.strip()]
+    screen = Screen(f"{config.system} {config.preset} seed {config.seed}", 1 + len(cells))
     try:
         with kernel_environment():
-            execute_notebook(notebook, folder / "run.ipynb", parameters(config), kernel_name="python3", progress_bar=False,
-                             stderr_file=screen, on_cell_executed=screen.advance, kernel_manager_class=this_interpreter(),
-                             store_widget_state=False, extra_arguments=["--log-level=CRITICAL"])
+            execute_notebook(notebook, folder / "run.ipynb", parameters(config), kernel_name="python3",
+                             progress_bar=False, stderr_file=screen, on_cell_executed=screen.advance,
+                             kernel_manager_class=this_interpreter(), store_widget_state=False,
+                             extra_arguments=["--log-level=CRITICAL"])
     finally:
         screen.bar.close()
         if (folder / "run.ipynb").exists(): tidy(folder / "run.ipynb")
@@ -236,9 +243,11 @@ def play_and_record(
         blame(config, before, reason, str(e))
         raise ExecuteError(f"{reason}\nsee run.ipynb in {run.path}") from None
     except RuntimeError as e:  # nbclient: the kernel died, or never came up
-        raise ExecuteError(f"{e}; run again to resume from the last checkpoint\nsee run.ipynb in {run.path}") from e
+        raise ExecuteError(f"{e}; run again to resume from the last checkpoint\n"
+                           f"see run.ipynb in {run.path}") from e
     if run.state != "done":
-        raise ExecuteError(f"{notebook} ended without a finished run in {run.path}: it must call fit with the settings it is given.")
+        raise ExecuteError(f"{notebook} ended without a finished run in {run.path}: "
+                           "it must call fit with the settings it is given.")
     mark(run, notebook="done")
 
 # %% ../../nbs/runs/execute.ipynb #d5dd6745
@@ -268,7 +277,8 @@ def execute(
     config = absolute(config)
     notebook = Path(notebook or find_notebook(config.system))
     run = Run(Path(config.out) / config.system / config.name)
-    if not fresh and os.path.isdir(run.path) and is_complete(run): return keep(run)  # needs no lock: also from a read-only disk
+    # needs no lock: also from a read-only disk
+    if not fresh and os.path.isdir(run.path) and is_complete(run): return keep(run)
     with hold(run.path):
         if fresh: empty(run.path)
         if is_complete(run): return keep(run)

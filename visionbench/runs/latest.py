@@ -15,19 +15,21 @@ from .record import Run, RunError, all_runs
 def runs_folder(
     start: str | Path = ".",  # where to begin looking
 ) -> Path:  # perhaps one that does not exist
-    "The folder that collects runs: `VISIONBENCH_RUNS`, else the nearest `runs` with a run in it, at `start` or above."
+    "The folder of runs: `VISIONBENCH_RUNS`, else the nearest `runs` with a run in it, at `start` or above."
     if named := os.environ.get("VISIONBENCH_RUNS"): return Path(named).expanduser()
     start = Path(start).resolve()
-    return next((p / "runs" for p in (start, *start.parents) if any((p / "runs").glob("*/*/settings.json"))), start / "runs")
+    found = (p / "runs" for p in (start, *start.parents) if any((p / "runs").glob("*/*/settings.json")))
+    return next(found, start / "runs")
 
 
 def latest_run(
     system: str,  # e.g. "backdoor"
     runs: str | Path = "",  # folder that collects runs; "": see `runs_folder`
 ) -> Run:
-    "The run named in `VISIONBENCH_RUN`, else the newest finished one of a system; raises `RunError` saying how to get one."
+    "The run named in `VISIONBENCH_RUN`, else a system's newest finished one; raises `RunError` without one."
     if not runs and (named := os.environ.get("VISIONBENCH_RUN")): return Run.open(Path(named).expanduser())
     folder = Path(runs) if runs else runs_folder()
     done = [r for r in all_runs(folder) if r.path.parent.name == system and r.status.get("state") == "done"]
-    if not done: raise RunError(f"no finished run of {system} in {folder}: make one with `visionbench run {system}`.")
+    if not done:
+        raise RunError(f"no finished run of {system} in {folder}: make one with `visionbench run {system}`.")
     return max(done, key=lambda r: ((r.path / "status.json").stat().st_mtime_ns, r.path.name))

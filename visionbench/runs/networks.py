@@ -22,7 +22,8 @@ def doors(
     place = f"visionbench.systems.{run.settings['system']}"
     if place + ".nets" in sys.modules or (util.find_spec(place) and util.find_spec(place + ".nets")):
         return import_module(place + ".nets")
-    raise RunError(f"{run.path} is a run of '{run.settings['system']}', a system that cannot rebuild networks: {place}.nets is missing.")
+    raise RunError(f"{run.path} is a run of '{run.settings['system']}', a system that cannot rebuild "
+                   f"networks: {place}.nets is missing.")
 
 
 def networks(

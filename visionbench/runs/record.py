@@ -39,7 +39,8 @@ class Run:
     def open(cls, path: str | Path) -> "Run":
         "Read an existing run; raises `RunError` when the folder is none."
         run = Run(path)
-        if not (run.path / "settings.json").is_file(): raise RunError(f"{run.path} is no run folder: it has no settings.json.")
+        if not (run.path / "settings.json").is_file():
+            raise RunError(f"{run.path} is no run folder: it has no settings.json.")
         return run
 
     @classmethod
@@ -51,7 +52,8 @@ class Run:
         "One JSON file of the run, `default` when absent; raises `RunError` naming a damaged one."
         try: return json.loads((self.path / name).read_text(encoding="utf-8"))
         except FileNotFoundError: return default
-        except (json.JSONDecodeError, UnicodeDecodeError) as e: raise RunError(f"{self.path / name} is damaged: {e}.") from e
+        except (json.JSONDecodeError, UnicodeDecodeError) as e:
+            raise RunError(f"{self.path / name} is damaged: {e}.") from e
 
     @property
     def settings(self) -> dict: return self.read_json("settings.json", {})
@@ -67,17 +69,20 @@ class Run:
         "Tidy rows: stage, epoch, step, name, value, and whatever else was logged."
         try: return pd.read_parquet(self.path / "metrics.parquet")
         except FileNotFoundError: return pd.DataFrame(columns=["stage", "name", "value"])
-        except (OSError, ValueError) as e: raise RunError(f"{self.path / 'metrics.parquet'} is damaged: {e}.") from e
+        except (OSError, ValueError) as e:
+            raise RunError(f"{self.path / 'metrics.parquet'} is damaged: {e}.") from e
 
     @property
     def checkpoint(self) -> Path | None:
         "The file of weights written last, if any."
-        return max((self.path / "checkpoints").rglob("*.safetensors"), key=lambda p: (p.stat().st_mtime_ns, str(p)), default=None)
+        return max((self.path / "checkpoints").rglob("*.safetensors"),
+                   key=lambda p: (p.stat().st_mtime_ns, str(p)), default=None)
 
     @property
     def checkpoints(self) -> dict[str, Path]:
         "Stage → its newest file of weights."
-        return {d.name: max(found) for d in sorted((self.path / "checkpoints").glob("*/")) if (found := list(d.glob("*.safetensors")))}
+        return {d.name: max(found) for d in sorted((self.path / "checkpoints").glob("*/"))
+                if (found := list(d.glob("*.safetensors")))}
 
     @property
     def state(self) -> str:
@@ -123,7 +128,7 @@ class RunWriter(Run):
     ):
         super().__init__(Path(config.out) / config.system / config.name)
         self.config, self.began = config, time.monotonic()
-        self.main = int(os.environ.get("RANK", 0)) == 0  # under `accelerate launch` only the first process writes
+        self.main = int(os.environ.get("RANK", 0)) == 0  # `accelerate launch`: the first process writes
         self.acquire()
         try:
             if self.main and self.state == "failed": self.clear()
@@ -147,12 +152,14 @@ class RunWriter(Run):
     def begin(self):
         "Write down what is known before the first step."
         for sub in ("checkpoints", "figures"): (self.path / sub).mkdir(exist_ok=True)
-        self.write_json("settings.json", dict(system=self.config.system, hash=self.config.hash, **self.config.as_dict()))
+        about = dict(system=self.config.system, hash=self.config.hash)
+        self.write_json("settings.json", about | self.config.as_dict())
         self.write_json("environment.json", environment(self.config.device))
-        self.set_status("running", started=datetime.now(timezone.utc).isoformat(timespec="seconds"), pid=os.getpid())
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self.set_status("running", started=now, pid=os.getpid())
 
     def acquire(self):
-        "Take the writer's lock, saying so if it has to be waited for; raises `RunError` when the folder cannot be written."
+        "Take the writer's lock, saying so if that means waiting; raises `RunError` on an unwritable folder."
         if not self.main: return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -161,20 +168,23 @@ class RunWriter(Run):
             except Timeout:
                 print(f"waiting: another process is writing {self.path}", file=sys.stderr)
                 self.lock.acquire()
-        except OSError as e: raise RunError(f"cannot write the run folder {self.path}: {e.strerror or e}.") from e
+        except OSError as e:
+            raise RunError(f"cannot write the run folder {self.path}: {e.strerror or e}.") from e
 
     def release(self):
         if self.main: self.lock.release()
 
     def clear(self):
-        """Make ready for another attempt: the reason of the failure goes into the history, and what was made is removed,
-        unless the failure was the surroundings' (disk, memory) and not the computation's."""
-        past = self.status
+        """Make ready for another attempt: the reason of the failure goes into the history, and what was made
+        is removed, unless the failure was the surroundings' (disk, memory) and not the computation's."""
+        past, keep = self.status, [".lock", ".execute.lock", "status.json"]
+        outside = past.get("surroundings")
+        if outside: keep += ["checkpoints", "metrics.parquet"]
         for p in self.path.iterdir():
-            keep = (".lock", ".execute.lock", "status.json", *(("checkpoints", "metrics.parquet") if past.get("surroundings") else ()))
             if p.name not in keep: shutil.rmtree(p) if p.is_dir() else p.unlink()
         history = past.pop("history", []) + [{k: past.get(k) for k in ("state", "reason", "started")}]
-        self.write_json("status.json", dict(state="new", history=history, seconds=past.get("seconds", 0.) if past.get("surroundings") else 0.))
+        seconds = past.get("seconds", 0.) if outside else 0.
+        self.write_json("status.json", dict(state="new", history=history, seconds=seconds))
 
     def write_json(self, name: str, content):
         "Write one JSON file of the run in one piece."
@@ -186,7 +196,8 @@ class RunWriter(Run):
 
     def set_status(self, state: str, **facts):
         "Change the state, keep the other facts, and note the working time."
-        self.write_json("status.json", dict(reason="", history=[]) | self.status | facts | dict(state=state, seconds=round(self.seconds, 2)))
+        now = dict(state=state, seconds=round(self.seconds, 2))
+        self.write_json("status.json", dict(reason="", history=[]) | self.status | facts | now)
 
     def log(self, **row):
         "Add one row of metrics: stage, name, value, and any other column."
@@ -233,4 +244,5 @@ def as_rows(
     frame: pd.DataFrame,  # from `as_frame`, perhaps read back from disk
 ) -> list[dict]:  # what was logged
     "The inverse of `as_frame`: cells that were missing are left out again."
-    return [{k: v for k, v in row.items() if k == "value" or not pd.isna(v)} for row in frame.to_dict("records")]
+    return [{k: v for k, v in row.items() if k == "value" or not pd.isna(v)}
+            for row in frame.to_dict("records")]

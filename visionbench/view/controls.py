@@ -40,7 +40,8 @@ class Canvas:
     ) -> int:  # settings that had to be sent
         "Make the figure equal to the board."
         old, new = self.shown, content
-        same = [t["type"] for t in old["data"]] == [t["type"] for t in new["data"]] and [set(t) for t in old["data"]] == [set(t) for t in new["data"]]
+        same = ([t["type"] for t in old["data"]] == [t["type"] for t in new["data"]]
+                and [set(t) for t in old["data"]] == [set(t) for t in new["data"]])
         layout, sent = differing(new["layout"], old["layout"]), 0
         if not same: self.figure.data = []
         with self.figure.batch_update():
@@ -52,7 +53,7 @@ class Canvas:
             for k, v in layout.items(): self.figure.layout[k] = v if same or k != "shapes" else []
         if not same:
             self.figure.add_traces(new["data"])
-            self.figure.layout.shapes = new["layout"].get("shapes", [])  # after the traces: their places need the axes' ranges
+            self.figure.layout.shapes = new["layout"].get("shapes", [])  # last: places need axes' ranges
         self.shown = new
         return sent + len(layout) + (0 if same else len(new["data"]))
 
@@ -66,12 +67,14 @@ def named(
     "Name a control and give it room for its description."
     control.add_class(name)
     if description: control.description = description
-    if control.has_trait("style") and control.style.has_trait("description_width"): control.style.description_width = "105px"
+    if control.has_trait("style") and control.style.has_trait("description_width"):
+        control.style.description_width = "105px"
     control.layout.width = width
     return control
 
 
-def choice(name: str, description: str, options, **more) -> widgets.Dropdown: return named(widgets.Dropdown(options=options, **more), name, description)
+def choice(name: str, description: str, options, **more) -> widgets.Dropdown:
+    return named(widgets.Dropdown(options=options, **more), name, description)
 
 
 def steps(
@@ -81,7 +84,8 @@ def steps(
     at: int = 0,  # position to begin with
 ) -> widgets.SelectionSlider:  # its `index` is the position, its `value` the value
     "A slider over given values, evenly spaced on screen."
-    return named(widgets.SelectionSlider(options=spelled(values), index=at, continuous_update=True), name, description)
+    return named(widgets.SelectionSlider(options=spelled(values), index=at, continuous_update=True),
+                 name, description)
 
 
 def spelled(values: Sequence) -> list[tuple]: return [(f"{v:g}", v) for v in values]
@@ -89,16 +93,18 @@ def spelled(values: Sequence) -> list[tuple]: return [(f"{v:g}", v) for v in val
 
 def whole(name: str, description: str, low: int, high: int, value: int) -> widgets.IntSlider:
     "A slider over whole numbers."
-    return named(widgets.IntSlider(value=value, min=low, max=max(low, high), continuous_update=True), name, description)
+    return named(widgets.IntSlider(value=value, min=low, max=max(low, high), continuous_update=True),
+                 name, description)
 
 # %% ../../nbs/view/controls.ipynb #f0efeb35
-STYLE = (".jp-RenderedMarkdown blockquote + ul {display: none}"  # a dashboard's first cell ends with switches for tools
+STYLE = (".jp-RenderedMarkdown blockquote + ul {display: none}"  # a dashboard's first cell ends with switches
          " .widget-html-content {line-height: 1.45} .trouble, .warning {color: #A33F00}"
-         " .numbers td, .numbers th {padding: 1px 12px; text-align: right} .numbers td:first-child {text-align: left}")
+         " .numbers td, .numbers th {padding: 1px 12px; text-align: right}"
+         " .numbers td:first-child {text-align: left}")
 
 
 class Page:
-    "Views over one canvas. `draw(view)` gives a dict with `board`, and perhaps `images` (PNG bytes) and `text` (HTML)."
+    "Views over one canvas. `draw(view)` gives a dict: `board`, perhaps `images` (PNG bytes), `text` (HTML)."
     def __init__(self,
         title: str,  # HTML above everything
         views: dict[str, Sequence[widgets.Widget]],  # title of a view → its controls
@@ -108,26 +114,30 @@ class Page:
         self.draw, self.controls, self.text = draw, views, widgets.HTML()
         self.view = widgets.ToggleButtons(options=list(views), style=dict(button_width="auto"))
         self.view.add_class("view")
-        self.images, self.knobs = (widgets.Box(layout=dict(flex_flow="row wrap", align_items=a)) for a in ("flex-start", "center"))
+        self.images, self.knobs = (widgets.Box(layout=dict(flex_flow="row wrap", align_items=a))
+                                   for a in ("flex-start", "center"))
         self.canvas = Canvas(self.ask().get("board"))
-        self.box = widgets.VBox([widgets.HTML(f"<style>{STYLE}{style}</style>{title}"), self.view, self.knobs, self.text, self.images, self.canvas.figure])
-        for control in {id(c): c for cs in views.values() for c in cs if not isinstance(c, widgets.Button)}.values():
-            control.observe(self.refresh, names="value")
+        self.box = widgets.VBox([widgets.HTML(f"<style>{STYLE}{style}</style>{title}"), self.view, self.knobs,
+                                 self.text, self.images, self.canvas.figure])
+        controls = {id(c): c for cs in views.values() for c in cs if not isinstance(c, widgets.Button)}
+        for control in controls.values(): control.observe(self.refresh, names="value")
         self.view.observe(self.refresh, names="value")
         self.refresh()
 
     def refresh(self, change: dict | None = None):
         "Draw the chosen view."
         now = self.ask()
-        if self.knobs.children != (shown := tuple(self.controls[self.view.value])): self.knobs.children = shown
+        if self.knobs.children != (shown := tuple(self.controls[self.view.value])):
+            self.knobs.children = shown
         self.text.value = now.get("text", "")
         self.pictures(now.get("images", []))
         self.canvas.show(now.get("board", EMPTY))
 
     def ask(self) -> dict:
-        "What the chosen view shows; a message where it cannot be drawn, so that its trouble leaves the other views alone."
+        "What the chosen view shows; a message where it cannot be drawn, which leaves the other views alone."
         try: return self.draw(self.view.value)
-        except (ValueError, RuntimeError, OSError) as e: return dict(text=f"<p class='trouble'><b>{type(e).__name__}</b>: {escape(str(e))}</p>")
+        except (ValueError, RuntimeError, OSError) as e:
+            return dict(text=f"<p class='trouble'><b>{type(e).__name__}</b>: {escape(str(e))}</p>")
 
     def pictures(self, files: Sequence[bytes]):
         "As many pictures as there are files; widgets are kept and get new bytes."

@@ -27,7 +27,8 @@ def pixels(
         low, high = limits or (image.min().item(), image.max().item())
         scaled = ((image.float() - low) / max(high - low, 1e-12)).clamp(0, 1)
         return torch.from_numpy(plt.get_cmap(SEQUENTIAL)(scaled.numpy(), bytes=True)[..., :3].copy())
-    if image.ndim != 3 or image.shape[0] not in (1, 3): raise ValueError(f"image {tuple(image.shape)} given, expected (1 or 3,H,W) or (H,W).")
+    if image.ndim != 3 or image.shape[0] not in (1, 3):
+        raise ValueError(f"image {tuple(image.shape)} given, expected (1 or 3,H,W) or (H,W).")
     return (image.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).expand(-1, -1, 3)
 
 # %% ../../nbs/view/images.ipynb #1d1f84c0
@@ -54,8 +55,9 @@ def row_of_images(
 def enlarge(picture: Image.Image, height: int) -> Image.Image:
     "To the whole multiple of its size nearest below `height`; larger pictures are made smaller."
     factor = height // picture.height
-    return picture.resize((picture.width * factor, picture.height * factor), Image.NEAREST) if factor else picture.resize(
-        (max(1, round(picture.width * height / picture.height)), height), Image.BILINEAR)
+    if factor: return picture.resize((picture.width * factor, picture.height * factor), Image.NEAREST)
+    width = max(1, round(picture.width * height / picture.height))
+    return picture.resize((width, height), Image.BILINEAR)
 
 
 def png(picture: Image.Image) -> bytes:
@@ -71,7 +73,8 @@ def plot_images(
     limits: tuple | None = None,  # of all (H,W) maps
 ) -> list[Axes]:  # one for each picture
     "Pictures side by side in one matplotlib figure."
-    fig, axs = plt.subplots(1, len(images), figsize=(size * len(images), size * 1.2), layout="constrained", squeeze=False)
+    fig, axs = plt.subplots(1, len(images), figsize=(size * len(images), size * 1.2), layout="constrained",
+                            squeeze=False)
     for ax, (caption, image) in zip(axs[0], images.items()):
         ax.imshow(pixels(image, limits).numpy())
         ax.set_title(caption, fontsize=8, color=INK)

@@ -30,24 +30,31 @@ def heat_panel(
     "Values by colour, one cell for each pair; raises `ValueError` when labels and values do not fit."
     z = [[None if v is None or v != v else float(v) for v in row] for row in z]
     if len(z) != len(y) or any(len(row) != len(x) for row in z):
-        raise ValueError(f"{len(z)} rows of {sorted({len(r) for r in z})} values given for {len(y)}×{len(x)} labels.")
+        raise ValueError(f"{len(z)} rows of {sorted({len(r) for r in z})} values given "
+                         f"for {len(y)}×{len(x)} labels.")
     tall = box[3] - box[1]
-    bar = dict(x=box[2] + .008, xanchor="left", y=(box[1] + box[3]) / 2, len=tall, lenmode="fraction", thickness=9, ypad=0,
-               title=dict(text=unit, side="right", font=dict(size=11)), tickfont=dict(size=10), outlinewidth=0)
-    heat = dict(type="heatmap", z=z, x=list(range(len(x))), y=list(range(len(y))), colorscale=colours.capitalize(), colorbar=bar,
-                xgap=1, ygap=1, hoverongaps=False, hovertemplate="%{customdata}<extra></extra>",
-                customdata=[[f"{ylabel} {b}, {xlabel} {a}: {v if v is None else format(v, '.3g')}" for a, v in zip(x, row)]
-                            for b, row in zip(y, z)])
+    bar = dict(x=box[2] + .008, xanchor="left", y=(box[1] + box[3]) / 2, len=tall, lenmode="fraction",
+               thickness=9, ypad=0, title=dict(text=unit, side="right", font=dict(size=11)),
+               tickfont=dict(size=10), outlinewidth=0)
+    heat = dict(type="heatmap", z=z, x=list(range(len(x))), y=list(range(len(y))),
+                colorscale=colours.capitalize(), colorbar=bar, xgap=1, ygap=1,
+                hoverongaps=False, hovertemplate="%{customdata}<extra></extra>",
+                customdata=[[f"{ylabel} {b}, {xlabel} {a}: {v if v is None else format(v, '.3g')}"
+                             for a, v in zip(x, row)] for b, row in zip(y, z)])
     if span: heat |= dict(zmin=span[0], zmax=span[1])
-    if digits: heat |= dict(text=[["" if v is None else format(v, digits) for v in row] for row in z], texttemplate="%{text}")
+    if digits:
+        heat |= dict(text=[["" if v is None else format(v, digits) for v in row] for row in z],
+                     texttemplate="%{text}")
     marks = [frame(*mark)] if mark else []
     return panel([heat, *marks], box, title, sparse(x, xlabel, 12), sparse(y, ylabel, 14))
 
 
 def frame(column: int, row: int) -> dict: # a trace
     "A frame around one cell."
-    x, y = [column - .5, column + .5, column + .5, column - .5, column - .5], [row - .5, row - .5, row + .5, row + .5, row - .5]
-    return dict(type="scatter", mode="lines", x=x, y=y, line=dict(color=ROLES["triggered"], width=3), showlegend=False, hoverinfo="skip")
+    x = [column - .5, column + .5, column + .5, column - .5, column - .5]
+    y = [row - .5, row - .5, row + .5, row + .5, row - .5]
+    return dict(type="scatter", mode="lines", x=x, y=y, line=dict(color=ROLES["triggered"], width=3),
+                showlegend=False, hoverinfo="skip")
 
 
 def sparse(
@@ -74,8 +81,12 @@ def strip_panel(
     rows = list(dict.fromkeys([*reference, *judged]))
     grey = [(v, rows.index(r)) for r, values in reference.items() for v in values]
     red = [(v, rows.index(r)) for r, v in judged.items()]
-    def points(pairs, name, look): return dict(type="scatter", mode="markers", name=name, x=[p[0] for p in pairs], y=[p[1] for p in pairs], marker=look)
+    def points(pairs, name, look):
+        return dict(type="scatter", mode="markers", name=name, x=[p[0] for p in pairs],
+                    y=[p[1] for p in pairs], marker=look)
     look = dict(size=13, symbol="diamond", color=ROLES["triggered"], line=dict(color="white", width=1))
-    traces = [points(grey, "clean networks", dict(size=9, color=ROLES["floor"], opacity=.6)), points(red, "this network", look)]
-    lines = [dict(type="line", x0=v, x1=v, y0=0, y1=1, line=dict(color=INK, width=1, dash="dot")) for v in limits]
+    traces = [points(grey, "clean networks", dict(size=9, color=ROLES["floor"], opacity=.6)),
+              points(red, "this network", look)]
+    lines = [dict(type="line", x0=v, x1=v, y0=0, y1=1, line=dict(color=INK, width=1, dash="dot"))
+             for v in limits]
     return panel([t for t in traces if t["x"]], box, title, xlabel, sparse(rows, "", 40), lines)

@@ -40,7 +40,8 @@ def board(
     data, shapes, titles, seen, axes = [], [], [], set(), {}
     for k in range(AXES):
         end = str(k + 1) if k else ""
-        axes |= {f"xaxis{end}": dict(visible=False, anchor=f"y{end}"), f"yaxis{end}": dict(visible=False, anchor=f"x{end}")}
+        axes |= {f"xaxis{end}": dict(visible=False, anchor=f"y{end}"),
+                 f"yaxis{end}": dict(visible=False, anchor=f"x{end}")}
         if k >= len(panels): continue
         p = panels[k]
         left, bottom, right, top = p["box"]
@@ -48,13 +49,16 @@ def board(
             data.append(dict(showlegend=trace.get("name") is not None and trace["name"] not in seen) | trace
                         | dict(xaxis=f"x{end}", yaxis=f"y{end}"))
             if trace.get("name") is not None: seen.add(trace["name"])
-        shapes += [dict(xref=f"x{end}", yref=f"y{end} domain", layer="below", line=dict(width=0)) | s for s in p["shapes"]]
-        axes |= {f"xaxis{end}": axis(p["x"], (left, right), f"y{end}"), f"yaxis{end}": axis(p["y"], (bottom, top), f"x{end}")}
+        shapes += [dict(xref=f"x{end}", yref=f"y{end} domain", layer="below", line=dict(width=0)) | s
+                   for s in p["shapes"]]
+        axes |= {f"xaxis{end}": axis(p["x"], (left, right), f"y{end}"),
+                 f"yaxis{end}": axis(p["y"], (bottom, top), f"x{end}")}
         titles.append(text(f"<b>{p['title']}</b>", left, top, xanchor="left", yanchor="bottom", yshift=6))
     if note: titles.append(text(note, .5, .5, font=dict(size=15, color=INK), align="left"))
-    legend = dict(orientation="h", x=0, xanchor="left", y=.995, yanchor="top", yref="container", font=dict(size=12), traceorder="normal")
-    return dict(data=data, layout=dict(annotations=titles, shapes=shapes, legend=legend, barmode="group", height=560,
-                                       margin=dict(l=60, r=30, t=90, b=50)) | axes | layout)
+    legend = dict(orientation="h", x=0, xanchor="left", y=.995, yanchor="top", yref="container",
+                  font=dict(size=12), traceorder="normal")
+    return dict(data=data, layout=dict(annotations=titles, shapes=shapes, legend=legend, barmode="group",
+                                       height=560, margin=dict(l=60, r=30, t=90, b=50)) | axes | layout)
 
 
 def axis(
@@ -63,15 +67,17 @@ def axis(
     anchor: str,  # the axis it meets
 ) -> dict:
     "One axis of a panel, in house style."
-    plain = dict(visible=True, domain=list(domain), anchor=anchor, zeroline=False, showline=True, linecolor=INK, gridcolor=GRID,
-                 ticks="outside", ticklen=3, showgrid=anchor[0] == "x", type="linear", autorange=True, tickfont=dict(size=11))
+    plain = dict(visible=True, domain=list(domain), anchor=anchor, zeroline=False, showline=True,
+                 linecolor=INK, gridcolor=GRID, ticks="outside", ticklen=3, showgrid=anchor[0] == "x",
+                 type="linear", autorange=True, tickfont=dict(size=11))
     title = dict(standoff=6, font=dict(size=12)) | settings.get("title", {})
     return plain | (dict(autorange=False) if "range" in settings else {}) | settings | dict(title=title)
 
 
 def text(words: str, x: float, y: float, **look) -> dict:
     "An annotation, placed in fractions of the figure."
-    return dict(text=words, x=x, y=y, xref="paper", yref="paper", showarrow=False, font=dict(size=12, color=INK)) | look
+    return dict(text=words, x=x, y=y, xref="paper", yref="paper", showarrow=False,
+                font=dict(size=12, color=INK)) | look
 
 
 def figure(
@@ -90,12 +96,14 @@ def cells(
 ) -> list[list[tuple]]:  # [row][column] → box
     "Equal boxes."
     width, height = (right - gap[0] * (columns - 1)) / columns, (1 - gap[1] * (rows - 1)) / rows
-    def box(r, c): return tuple(round(v, 4) for v in (c * (width + gap[0]), 1 - (r + 1) * height - r * gap[1],
-                                                      c * (width + gap[0]) + width, 1 - r * (height + gap[1])))
+    def box(r, c):
+        left, top = c * (width + gap[0]), 1 - r * (height + gap[1])
+        return tuple(round(v, 4) for v in (left, 1 - (r + 1) * height - r * gap[1], left + width, top))
     return [[box(r, c) for c in range(columns)] for r in range(rows)]
 
 
-def span(first: tuple, last: tuple) -> tuple: return first[0], last[1], last[2], first[3]  # top left box, bottom right box
+def span(first: tuple, last: tuple) -> tuple:  # top left box, bottom right box
+    return first[0], last[1], last[2], first[3]
 
 # %% ../../nbs/view/panels.ipynb #1e7cac87
 def percent_axis(title: str, **settings) -> dict:
@@ -115,7 +123,8 @@ def dot(x: float, y: float, colour: str, symbol: str = "circle", **more) -> dict
                 marker=dict(color=colour, size=12, symbol=symbol, line=dict(color="white", width=2))) | more
 
 
-def bars(x, y, name: str, colour: str, **more) -> dict: return dict(type="bar", x=list(x), y=list(y), name=name, marker=dict(color=colour)) | more
+def bars(x, y, name: str, colour: str, **more) -> dict:
+    return dict(type="bar", x=list(x), y=list(y), name=name, marker=dict(color=colour)) | more
 
 
 def outline(
@@ -128,12 +137,15 @@ def outline(
     width, counts = edges[1] - edges[0], [0] * (len(edges) - 1)
     for v in values: counts[min(max(int((v - edges[0]) / width), 0), len(counts) - 1)] += 1
     share = [c / max(len(values), 1) for c in counts]
-    return dict(type="scatter", x=[e for e in edges for _ in (0, 1)], y=[0, *[s for s in share for _ in (0, 1)], 0], name=name,
-                mode="lines", line=dict(color=colour, width=1.5), fill="tozeroy", opacity=.8)
+    return dict(type="scatter", x=[e for e in edges for _ in (0, 1)],
+                y=[0, *[s for s in share for _ in (0, 1)], 0], name=name, mode="lines",
+                line=dict(color=colour, width=1.5), fill="tozeroy", opacity=.8)
 
 
-def band(x0: float, x1: float) -> dict: return dict(type="rect", x0=x0, x1=x1, y0=0, y1=1, fillcolor=ROLES["band"], opacity=.15)
-def upright(x: float) -> dict: return dict(type="line", x0=x, x1=x, y0=0, y1=1, line=dict(color=ROLES["floor"], width=1, dash="dash"))
+def band(x0: float, x1: float) -> dict:
+    return dict(type="rect", x0=x0, x1=x1, y0=0, y1=1, fillcolor=ROLES["band"], opacity=.15)
+def upright(x: float) -> dict:
+    return dict(type="line", x0=x, x1=x, y0=0, y1=1, line=dict(color=ROLES["floor"], width=1, dash="dash"))
 
 # %% ../../nbs/view/panels.ipynb #853d0200
 def training_panel(
@@ -141,7 +153,7 @@ def training_panel(
     box: tuple = (0, 0, 1, 1),
     title: str = "Training",
 ) -> dict:  # a panel
-    "Loss terms on a logarithmic scale; of a family of terms such as exit_0, exit_1, … only the first has a legend."
+    "Loss terms on a logarithmic scale; of a family such as exit_0, exit_1, … only the first has a legend."
     rows = metrics.dropna(subset=["epoch"]) if "epoch" in metrics else metrics[:0]
     rows = rows[(rows["name"] != "accuracy") & (rows["value"] > 0)].astype(dict(epoch=float))
     stages, traces, shade = list(rows["stage"].unique()), [], {}
@@ -149,9 +161,12 @@ def training_panel(
         part = rows[rows["stage"] == stage]
         names = list(part["name"].unique())
         for i, (name, term) in enumerate(part.groupby("name", sort=False)):
-            shade.setdefault(name, shades(len(names))[i] if len(names) > 2 else (ROLES["clean"], ROLES["simulated"])[i])
+            colours = shades(len(names)) if len(names) > 2 else (ROLES["clean"], ROLES["simulated"])
+            shade.setdefault(name, colours[i])
             x = (k + term["epoch"] / part["epoch"].max()).tolist()
-            traces.append(curve(x, term["value"].tolist(), name, shade[name], showlegend=False, hovertemplate=f"{stage}, {name}: %{{y:.4f}}"))
+            traces.append(curve(x, term["value"].tolist(), name, shade[name], showlegend=False,
+                                hovertemplate=f"{stage}, {name}: %{{y:.4f}}"))
     lines = [upright(k) for k in range(1, len(stages))]
-    x = dict(title=dict(text="stage"), tickvals=[k + .5 for k in range(len(stages))], ticktext=[s.replace("-", "<br>") for s in stages], range=[0, max(len(stages), 1)])
+    x = dict(title=dict(text="stage"), tickvals=[k + .5 for k in range(len(stages))],
+             ticktext=[s.replace("-", "<br>") for s in stages], range=[0, max(len(stages), 1)])
     return panel(traces, box, title, x, dict(title=dict(text="loss (nats)"), type="log"), lines)

@@ -31,13 +31,21 @@ def clean_images(
     least: int = 100,  # images needed
 ) -> tuple[Tensor, Tensor]:  # float images, int64 labels
     "The images of a scan; raises `ValueError` on what cannot be scanned with."
-    if y is None: raise ValueError("labels are missing: a scan asks whether the vanilla output stays *right*.")
+    if y is None:
+        raise ValueError("labels are missing: a scan asks whether the vanilla output stays *right*.")
     x, y = torch.as_tensor(x), torch.as_tensor(y)
-    if x.ndim != 4 or y.shape != (len(x),): raise ValueError(f"images {tuple(x.shape)} and labels {tuple(y.shape)} given, expected (N,C,H,W) and (N,).")
-    if y.is_floating_point() or y.numel() and y.min() < 0: raise ValueError(f"labels of type {y.dtype} from {y.min().item()} given, expected classes 0 … K-1.")
-    if len(x) < least: raise ValueError(f"{len(x)} images given, expected at least {least}; 500 to 1000 make rates that can be compared.")
+    if x.ndim != 4 or y.shape != (len(x),):
+        raise ValueError(f"images {tuple(x.shape)} and labels {tuple(y.shape)} given, expected "
+                         "(N,C,H,W) and (N,).")
+    if y.is_floating_point() or y.numel() and y.min() < 0:
+        raise ValueError(f"labels of type {y.dtype} from {y.min().item()} given, expected classes 0 … K-1.")
+    if len(x) < least:
+        raise ValueError(f"{len(x)} images given, expected at least {least}; 500 to 1000 make rates that can "
+                         "be compared.")
     x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
-    if not (x.min() >= 0 and x.max() <= 1): raise ValueError(f"pixels span {x.min():.3g} … {x.max():.3g}, expected 0 … 1: patches live in pixel space, normalisation belongs inside the net.")
+    if not (x.min() >= 0 and x.max() <= 1):
+        raise ValueError(f"pixels span {x.min():.3g} … {x.max():.3g}, expected 0 … 1: patches live in pixel "
+                         "space, normalisation belongs inside the net.")
     return x, y.long()
 
 
@@ -49,7 +57,9 @@ def check_classes(
     "Raise `ValueError` when a class of the net has too few images, or a label is no class of it."
     if y.max() >= K: raise ValueError(f"label {int(y.max())} given, the net answers classes 0 … {K - 1}.")
     few = [c for c, n in enumerate(torch.bincount(y, minlength=K).tolist()) if n < least]
-    if few: raise ValueError(f"classes {few} have fewer than {least} images: a probe cannot learn them, and a backdoor towards them would not be seen.")
+    if few:
+        raise ValueError(f"classes {few} have fewer than {least} images: a probe cannot learn them, and a "
+                         "backdoor towards them would not be seen.")
 
 
 def mid_exits(
@@ -59,7 +69,8 @@ def mid_exits(
     most: int = 3,  # exits
 ) -> list[int]:  # blocks
     "Where a dormant backdoor shows best: up to three exits at 45–75 % of the cost, evenly spread."
-    inside = [i for i, c in enumerate(cost) if low <= c <= high] or [int((cost - (low + high) / 2).abs().argmin())]
+    inside = ([i for i, c in enumerate(cost) if low <= c <= high]
+              or [int((cost - (low + high) / 2).abs().argmin())])
     n = min(most, len(inside))
     return [inside[round(i * (len(inside) - 1) / max(1, n - 1))] for i in range(n)]
 
@@ -70,33 +81,39 @@ METHODS = ("refine", "dictionary", "inversion")
 class Search:
     "One network under search: what was tried once serves all its outputs."
     def __init__(self, scan, net: ProbedNet, x: Tensor, y: Tensor, hx: Tensor, hy: Tensor, K: int):
-        self.scan, self.net, self.x, self.y, self.hx, self.hy, self.K, self.rows, self.patches = scan, net, x, y, hx, hy, K, [], []
+        self.scan, self.net, self.x, self.y = scan, net, x, y
+        self.hx, self.hy, self.K, self.rows, self.patches = hx, hy, K, [], []
         few = x[:scan.screened], y[:scan.screened]
-        if "refine" in scan.methods: self.tried, self.first = screen(net, *few, scan.windows[:1], n=scan.patterns, seed=scan.seed)
+        if "refine" in scan.methods:
+            self.tried, self.first = screen(net, *few, scan.windows[:1], n=scan.patterns, seed=scan.seed)
         if "dictionary" in scan.methods:
             self.known, self.names = dictionary(tuple(x.shape[1:]))
             self.sweep = flips(net, x[:scan.screened // 2], y[:scan.screened // 2], self.known)
 
-    def keep(self, output: int | None, block: int, method: str, found: Patches, pattern: Sequence[str] | None = None, window: int | None = None):
+    def keep(self, output: int | None, block: int, method: str, found: Patches,
+             pattern: Sequence[str] | None = None, window: int | None = None):
         "Measure one patch for each class on the unseen images, and write the rows."
         done = flips(self.net, self.hx, self.hy, found)
         rates = done.vanilla_only if output is None and method == "dictionary" else rates_of(done, output)
         for c in range(self.K):
-            ef = float(rates[c, c])
-            self.rows.append(dict(exit=block, cls=c, method=method, window=int(found.side[c]) if window is None else window, ef=ef,
-                                  vanilla=float(done.vanilla[c, c]), pattern=pattern[c] if pattern else "free"))
+            ef, side = float(rates[c, c]), int(found.side[c]) if window is None else window
+            self.rows.append(dict(exit=block, cls=c, method=method, window=side, ef=ef,
+                                  vanilla=float(done.vanilla[c, c]),
+                                  pattern=pattern[c] if pattern else "free"))
             self.patches.append(RecoveredPatch(found.pattern[c], found.mask[c], block, c, method, ef))
 
     def refine(self, output: int | None, block: int, sides: Sequence[int]):
         "Screened patches of the smallest window, refined, then grown."
         near = self.first.vanilla if output is None else self.first.near[output]
         rows, cls = best_of_each(near, self.tried.side == sides[0], 2)
-        for side, found in zip(sides, recover(self.net, output, self.x, self.y, self.tried.at(rows), cls, tuple(sides), self.scan.steps, seed=self.scan.seed)):
-            self.keep(output, block, "refine", found, window=side)
+        grown = recover(self.net, output, self.x, self.y, self.tried.at(rows), cls, tuple(sides),
+                        self.scan.steps, seed=self.scan.seed)
+        for side, found in zip(sides, grown): self.keep(output, block, "refine", found, window=side)
 
     def dictionary(self, output: int | None, block: int):
         "The best known pattern and place of each class."
-        rows, _ = best_of_each(self.sweep.vanilla_only if output is None else self.sweep.exits[output], torch.ones(len(self.names)).bool())
+        rates = self.sweep.vanilla_only if output is None else self.sweep.exits[output]
+        rows, _ = best_of_each(rates, torch.ones(len(self.names)).bool())
         self.keep(output, block, "dictionary", self.known.at(rows), [self.names[r] for r in rows], 0)
 
     def exit(self, at: int):
@@ -105,7 +122,9 @@ class Search:
         if "refine" in methods: self.refine(at, block, self.scan.windows)
         if "dictionary" in methods: self.dictionary(at, block)
         if "inversion" in methods and gives_gradient(self.net, self.x[:1]):
-            self.keep(at, block, "inversion", invert(self.net, at, self.x, self.y, self.K, steps=5 * self.scan.steps // 2, seed=self.scan.seed))
+            steps, seed = 5 * self.scan.steps // 2, self.scan.seed
+            found = invert(self.net, at, self.x, self.y, self.K, steps=steps, seed=seed)
+            self.keep(at, block, "inversion", found)
 
     def vanilla(self, block: int):
         "The vanilla output in the smallest window and the dictionary."
@@ -130,10 +149,12 @@ class ExitScan:
     device: str = "auto"  # auto | cpu | cuda | mps
 
     def __post_init__(self):
-        if unknown := [m for m in self.methods if m not in METHODS]: raise ValueError(f"methods {unknown}: accepted are {', '.join(METHODS)}")
+        if unknown := [m for m in self.methods if m not in METHODS]:
+            raise ValueError(f"methods {unknown}: accepted are {', '.join(METHODS)}")
         steps = [b - a for a, b in zip(self.windows, self.windows[1:])]
         if not self.windows or min(self.windows) < 1 or any(s <= 0 or s % 2 for s in steps):
-            raise ValueError(f"windows={tuple(self.windows)}: expected sides increasing by even steps, e.g. (3, 5, 7)")
+            raise ValueError(f"windows={tuple(self.windows)}: expected sides increasing by even steps, "
+                             "e.g. (3, 5, 7)")
 
     def run(self,
         net: nn.Module,  # vanilla network, any that MultiExitNet accepts; not changed
@@ -141,7 +162,7 @@ class ExitScan:
         clean_y: Tensor,  # true classes (N,)
         train: DictData | None = None,  # further clean images for the probes; None: half of the clean ones
     ) -> ExitScanReport:
-        "Scan `net`, and the null population at its first use. Raises `ValueError` on images, classes or exits that do not fit."
+        "Scan `net`, and the null population at its first use. Raises `ValueError` on what does not fit."
         x, y = clean_images(clean_x, clean_y)
         self.null = [n if isinstance(n, ExitScanReport) else self.scan(n, x, y, train) for n in self.null]
         report = self.scan(net, x, y, train)
@@ -152,7 +173,9 @@ class ExitScan:
     def check_reference(self, one: ExitScanReport, report: ExitScanReport):
         "Raise `ValueError` when a reference was scanned in another way."
         for k in ("exits", "blocks", "classes", "shape", "windows", "methods"):
-            if one.about[k] != report.about[k]: raise ValueError(f"null population: {k} {one.about[k]} there, {report.about[k]} here; scan the clean networks with the same settings.")
+            if one.about[k] != report.about[k]:
+                raise ValueError(f"null population: {k} {one.about[k]} there, {report.about[k]} here; scan "
+                                 "the clean networks with the same settings.")
 
     def scan(self, net: nn.Module, x: Tensor, y: Tensor, train: DictData | None = None) -> ExitScanReport:
         "One network, without comparison: what `run` does for each."
@@ -169,6 +192,8 @@ class ExitScan:
         for at in range(len(exits)): look.exit(at)
         look.vanilla(blocks)
         accuracy = float((probed.first.vanilla(look.hx).argmax(1) == look.hy).float().mean())
-        about = dict(exits=exits, blocks=blocks, classes=K, shape=shape, accuracy=accuracy, windows=tuple(self.windows), methods=tuple(self.methods),
-                     designs=tuple(self.designs), images=len(x), probe_images=len(train or half), steps=self.steps, seed=self.seed, seconds=time.process_time() - began)
+        about = dict(exits=exits, blocks=blocks, classes=K, shape=shape, accuracy=accuracy,
+                     windows=tuple(self.windows), methods=tuple(self.methods),
+                     designs=tuple(self.designs), images=len(x), probe_images=len(train or half),
+                     steps=self.steps, seed=self.seed, seconds=time.process_time() - began)
         return ExitScanReport(pd.DataFrame(look.rows), look.patches, about, limits=self.limits)

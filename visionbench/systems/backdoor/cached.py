@@ -24,14 +24,18 @@ def cached_victims(
 ) -> list[tuple[str, int]]:  # network and victim, e.g. ("simulated", 0)
     "What a run has logits of; raises `RunError` when it has none."
     names = sorted(p.stem.split("-") for p in Path(run.path).glob("logits-*-*.safetensors"))
-    if not names: raise RunError(f"{run.path} holds no logits; the run is {run.state}: finish it with `visionbench run backdoor`.")
-    return sorted(((n, int(v)) for _, n, v in names), key=lambda pair: (pair[1], pair[0] != "simulated", pair[0]))
+    if not names:
+        raise RunError(f"{run.path} holds no logits; the run is {run.state}: finish it with `visionbench run "
+                       "backdoor`.")
+    return sorted(((n, int(v)) for _, n, v in names),
+                  key=lambda pair: (pair[1], pair[0] != "simulated", pair[0]))
 
 
 def cached_logits(run: Run, net: str, victim: int = 0) -> ExitLogits:
     "Logits of one network; raises `RunError` naming what there is."
     path = Path(run.path) / f"logits-{net}-{victim}.safetensors"
-    if not path.is_file(): raise RunError(f"{run.path} has no logits of {net}, victim {victim}; it has {cached_victims(run)}.")
+    if not path.is_file():
+        raise RunError(f"{run.path} has no logits of {net}, victim {victim}; it has {cached_victims(run)}.")
     return ExitLogits(**load_file(path))
 
 
@@ -39,7 +43,8 @@ def exit_costs(
     run: Run,
 ) -> Tensor:  # (M,), share of the network computed up to each output
     "What the run's evaluation wrote down about cost."
-    rows = run.metrics.query("stage == 'evaluate' and policy == 'fixed' and name == 'cost'").drop_duplicates("exit")
+    rows = run.metrics.query("stage == 'evaluate' and policy == 'fixed' and name == 'cost'")
+    rows = rows.drop_duplicates("exit")
     return torch.tensor(rows.sort_values("exit").value.tolist(), dtype=torch.float64)
 
 # %% ../../../nbs/systems/backdoor/cached.ipynb #6563bcd7
@@ -64,7 +69,8 @@ class CachedNet:
         self.logits, self.target, self.cost, self.kept = logits, target, cost, {}
         self.M, self.N, self.K = logits.clean.shape
         self.scores = {part: exit_scores(getattr(logits, part)) for part in ("clean", "triggered")}
-        self.fixed = dict(accuracy=accuracy(logits.clean, logits.label), asr=attack_success_rate(logits.triggered, logits.label, target))
+        self.fixed = dict(accuracy=accuracy(logits.clean, logits.label),
+                          asr=attack_success_rate(logits.triggered, logits.label, target))
 
     def values(self, rule: str) -> tuple: return RULES[rule].values(self.M, self.K)  # positions of the knob
 
@@ -75,10 +81,13 @@ class CachedNet:
         "All values of the knob."
         if (rule, start) not in self.kept:
             y, values = self.logits.label, self.values(rule)
-            exits, pred = zip(*(decide_all(RULES[rule], self.scores[p], values, start, self.scores["clean"]) for p in ("clean", "triggered")))
-            left = [torch.stack([exit_histogram(e, self.M) for e in part]) for part in (exits[0], exits[1][:, y != self.target])]
-            self.kept[rule, start] = Sweep(values, accuracy(pred[0], y), attack_success_rate(pred[1], y, self.target), *left,
-                                           left[0] @ self.cost, area(left[0], self.cost))
+            exits, pred = zip(*(decide_all(RULES[rule], self.scores[p], values, start, self.scores["clean"])
+                                for p in ("clean", "triggered")))
+            left = [torch.stack([exit_histogram(e, self.M) for e in part])
+                    for part in (exits[0], exits[1][:, y != self.target])]
+            asr = attack_success_rate(pred[1], y, self.target)
+            self.kept[rule, start] = Sweep(values, accuracy(pred[0], y), asr, *left, left[0] @ self.cost,
+                                           area(left[0], self.cost))
         return self.kept[rule, start]
 
     def grid(self,
@@ -86,7 +95,8 @@ class CachedNet:
     ) -> dict[str, Tensor]:  # accuracy and asr, (S,M): value of the knob × starting exit
         "The sweep from every starting exit."
         sweeps = [self.sweep(rule, s) for s in range(self.M)]
-        return dict(accuracy=torch.stack([w.accuracy for w in sweeps], 1), asr=torch.stack([w.asr for w in sweeps], 1))
+        return dict(accuracy=torch.stack([w.accuracy for w in sweeps], 1),
+                    asr=torch.stack([w.asr for w in sweeps], 1))
 
     def decisions(self, rule: str, value, start: int = 0) -> tuple[Tensor, Tensor]:
         "Exit and answer of every triggered image, for one value."

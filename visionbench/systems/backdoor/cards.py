@@ -25,8 +25,9 @@ from ...view.panels import board, curve, panel, upright
 from ...view.style import PALETTE, ROLES, SEQUENTIAL
 
 # %% ../../../nbs/systems/backdoor/cards.ipynb #5ca455e4
-NUMBERS = dict(auroc="AUROC, triggered against clean", anomaly_index="anomaly index of Neural Cleanse", increase="logit increase of DF-TND",
-               accuracy="accuracy after repair", asr="attack success after repair", accuracy_change="change of accuracy by repair",
+NUMBERS = dict(auroc="AUROC, triggered against clean", anomaly_index="anomaly index of Neural Cleanse",
+               increase="logit increase of DF-TND", accuracy="accuracy after repair",
+               asr="attack success after repair", accuracy_change="change of accuracy by repair",
                asr_change="change of attack success by repair")
 SPAN = dict(auroc=(0, 1), accuracy=(0, 1), asr=(0, 1), accuracy_change=(-.1, .1), asr_change=(-1, 1))
 SCALE = dict(auroc="rdbu", accuracy_change="rdbu", asr_change="rdbu_r")
@@ -36,7 +37,9 @@ def order_of_views(
     views,  # names, e.g. "exit 3", "vanilla"
 ) -> list[str]:
     "Vanilla first, then exits by number, then policies."
-    def key(v): return (v != "vanilla", not v.startswith("exit "), int(v.split()[1]) if v.startswith("exit ") and v.split()[1].isdecimal() else 0, v)
+    def key(v):
+        return (v != "vanilla", not v.startswith("exit "),
+                int(v.split()[1]) if v.startswith("exit ") and v.split()[1].isdecimal() else 0, v)
     return sorted(dict.fromkeys(views), key=key)
 
 
@@ -45,7 +48,8 @@ def defence_rows(
     net: str = "simulated",  # which network, where rows say so
 ) -> pd.DataFrame:  # defence, view, name, value; perhaps none
     "What defences and repairs wrote down."
-    if not {"defence", "view"} <= set(metrics): return pd.DataFrame(columns=["defence", "view", "name", "value"])
+    if not {"defence", "view"} <= set(metrics):
+        return pd.DataFrame(columns=["defence", "view", "name", "value"])
     rows = metrics[metrics["stage"].isin(["defence", "repair"])].dropna(subset=["defence", "view", "value"])
     return rows[(rows["net"] == net).fillna(False)] if "net" in rows else rows
 
@@ -55,20 +59,24 @@ def defence_board(
     number: str = "auroc",  # a key of `NUMBERS`
     net: str = "simulated",  # which network
 ) -> dict:  # a board
-    "View 4: one number of every defence through every view of the network, and Neural Cleanse's norms where they are kept."
+    "View 4: one number of every defence through every view of the network, and Neural Cleanse's norms."
     rows = defence_rows(metrics, net)
     shown = rows[rows["name"] == number]
     if shown.empty:
         have = ", ".join(n for n in NUMBERS if n in set(rows["name"]))
-        return board(note=f"No defence of the {net} network has the number “{NUMBERS[number]}” in this run.<br>" + (
-                     f"There are: {have}.<br>" if have else "") + "All ten: <b>visionbench run backdoor --set checks=all</b>", height=360)
+        there = f"There are: {have}.<br>" if have else ""
+        return board(note=f"No defence of the {net} network has the number “{NUMBERS[number]}” in this run."
+                          f"<br>{there}All ten: <b>visionbench run backdoor --set checks=all</b>", height=360)
     views, defences = order_of_views(shown["view"]), list(dict.fromkeys(shown["defence"]))[::-1]
-    table = shown.pivot_table(index="defence", columns="view", values="value", aggfunc="mean").reindex(index=defences, columns=views)
+    table = shown.pivot_table(index="defence", columns="view", values="value", aggfunc="mean")
+    table = table.reindex(index=defences, columns=views)
     norms = rows[rows["name"] == "mask_norm"]
     wide = .6 if len(norms) else .93
-    heat = heat_panel(table.values.tolist(), views, defences, (.08, 0, wide, 1), f"{NUMBERS[number]}, {net} network", "view of the network",
+    heat = heat_panel(table.values.tolist(), views, defences, (.08, 0, wide, 1),
+                      f"{NUMBERS[number]}, {net} network", "view of the network",
                       "", "", SPAN.get(number), ".2f", colours=SCALE.get(number, SEQUENTIAL))
-    return board(heat, *([norm_panel(norms, (.72, 0, 1, 1))] if len(norms) else []), height=max(320, 130 + 34 * len(defences)))
+    return board(heat, *([norm_panel(norms, (.72, 0, 1, 1))] if len(norms) else []),
+                 height=max(320, 130 + 34 * len(defences)))
 
 
 def norm_panel(
@@ -77,13 +85,18 @@ def norm_panel(
 ) -> dict:  # a panel
     "Neural Cleanse: norm of each class's mask, with median ± 2·1.4826·MAD; a trigger lies below."
     traces, shapes = [], []
-    for view, colour in zip(order_of_views(rows["view"]), (ROLES["clean"], ROLES["simulated"], *PALETTE.values())):
+    for view, colour in zip(order_of_views(rows["view"]),
+                            (ROLES["clean"], ROLES["simulated"], *PALETTE.values())):
         part = rows[rows["view"] == view].sort_values("cls")
-        traces.append(curve(part["cls"].astype(int).tolist(), part["value"].tolist(), view, colour, mode="markers"))
+        traces.append(curve(part["cls"].astype(int).tolist(), part["value"].tolist(), view, colour,
+                            mode="markers"))
         middle = part["value"].median()
         wide = 2 * 1.4826 * (part["value"] - middle).abs().median()
-        shapes.append(dict(type="rect", xref="paper", x0=box[0], x1=box[2], yref="y2", y0=middle - wide, y1=middle + wide, fillcolor=colour, opacity=.12))
-    return panel(traces, box, "Neural Cleanse: mask norms", dict(title=dict(text="class"), dtick=1 if len(rows) < 40 else None), "L1 norm (pixels)", shapes)
+        shapes.append(dict(type="rect", xref="paper", x0=box[0], x1=box[2], yref="y2", y0=middle - wide,
+                           y1=middle + wide, fillcolor=colour, opacity=.12))
+    return panel(traces, box, "Neural Cleanse: mask norms",
+                 dict(title=dict(text="class"), dtick=1 if len(rows) < 40 else None),
+                 "L1 norm (pixels)", shapes)
 
 # %% ../../../nbs/systems/backdoor/cards.ipynb #31b71b94
 class ScanCard(NamedTuple):
@@ -101,10 +114,12 @@ class ScanCard(NamedTuple):
     mask: Tensor  # of those patches (E,1,H,W)
     pattern: Tensor  # (E,C,H,W)
 
-    def patch(self, i: int) -> RecoveredPatch: return RecoveredPatch(self.pattern[i], self.mask[i], **self.best[i])  # of exit number i
+    def patch(self, i: int) -> RecoveredPatch:  # of exit number i
+        return RecoveredPatch(self.pattern[i], self.mask[i], **self.best[i])
 
 
-def cell_name(exit: int, method: str, window: int) -> str: return f"exit {exit}, {method}" + (f" {window}×{window}" if window else "")
+def cell_name(exit: int, method: str, window: int) -> str:
+    return f"exit {exit}, {method}" + (f" {window}×{window}" if window else "")
 
 
 def scan_card(
@@ -115,8 +130,9 @@ def scan_card(
     blocks, judged = report.about["blocks"], cells_of(report.exits)
     null = [cells_of(t[t.exit < report.about["blocks"]]).reindex(judged.index) for t in report.null]
     return ScanCard(list(grid.index), grid.values.tolist(), {label(*i): v for i, v in judged.items()},
-                    {label(*i): [float(t[i]) for t in null] for i in judged.index} if null else {}, report.verdict, report.judgement.reason,
-                    report.min_exit, report.vanilla_visible, blocks, [dict(exit=p.exit, cls=p.cls, method=p.method, ef=p.ef) for p in patches],
+                    {label(*i): [float(t[i]) for t in null] for i in judged.index} if null else {},
+                    report.verdict, report.judgement.reason, report.min_exit, report.vanilla_visible, blocks,
+                    [dict(exit=p.exit, cls=p.cls, method=p.method, ef=p.ef) for p in patches],
                     torch.stack([p.mask for p in patches]), torch.stack([p.pattern for p in patches]))
 
 
@@ -131,11 +147,14 @@ def write_scan(folder: str | Path, report: ExitScanReport | ScanCard) -> Path:
 def read_scan(folder: str | Path) -> ScanCard | None:
     "The card in a run's folder, if there is one."
     path = Path(folder) / "scan.json"
-    return ScanCard(**json.loads(path.read_text(encoding="utf-8")), **load_file(path.with_suffix(".safetensors"))) if path.is_file() else None
+    if not path.is_file(): return None
+    return ScanCard(**json.loads(path.read_text(encoding="utf-8")),
+                    **load_file(path.with_suffix(".safetensors")))
 
 # %% ../../../nbs/systems/backdoor/cards.ipynb #428c9a62
 NO_SCAN = ("This run has not been scanned.<br>With it: <b>visionbench run backdoor --set checks=all</b><br>"
-           "Or scan its network with ExitScan and give the report to the explorer: BackdoorExplorer(run, scan=report)")
+           "Or scan its network with ExitScan and give the report to the explorer: BackdoorExplorer(run, "
+           "scan=report)")
 
 
 def twin_rates(
@@ -144,7 +163,8 @@ def twin_rates(
     "The clean twin as a reference, where no other clean network was scanned."
     if not {*CELL, "net"} <= set(metrics): return {}
     rows = metrics[(metrics["stage"] == "scan") & (metrics["net"] == "clean").fillna(False)]
-    return {cell_name(int(e), m, int(w)): [float(v)] for (e, m, w), v in rows.groupby(CELL)["value"].max().items()}
+    return {cell_name(int(e), m, int(w)): [float(v)]
+            for (e, m, w), v in rows.groupby(CELL)["value"].max().items()}
 
 
 def scan_board(
@@ -155,11 +175,13 @@ def scan_board(
     "View 5: exit-only flip rates of exits × classes, and the null population."
     if card is None: return board(note=NO_SCAN, height=360)
     flat = max(((v, e, k) for e, row in enumerate(card.ef) for k, v in enumerate(row)), default=(0, 0, 0))
-    heat = heat_panel(card.ef, classes, [f"exit {e}" for e in card.exits], (.05, 0, .44, 1), "Largest exit-only flip rate (EF)", "class", "", "", (0, 1),
+    heat = heat_panel(card.ef, classes, [f"exit {e}" for e in card.exits], (.05, 0, .44, 1),
+                      "Largest exit-only flip rate (EF)", "class", "", "", (0, 1),
                       ".2f" if len(classes) <= 12 else None, mark=(flat[2], flat[1]))
     many = max((len(v) for v in card.null.values()), default=0)
-    strip = strip_panel(card.null, card.judged, (.66, 0, 1, 1), f"Against clean networks ({many})", dict(
-        title=dict(text="largest EF over the classes"), range=[-.03, 1.03], showgrid=True), limits if many < 3 else ())
+    rates = dict(title=dict(text="largest EF over the classes"), range=[-.03, 1.03], showgrid=True)
+    strip = strip_panel(card.null, card.judged, (.66, 0, 1, 1), f"Against clean networks ({many})", rates,
+                        limits if many < 3 else ())
     return board(heat, strip, height=max(340, 150 + 26 * len(card.judged)))
 
 
@@ -169,13 +191,19 @@ def scan_text(
 ) -> str:  # HTML
     "Verdict, reason and advice, in words."
     if card is None: return ""
-    colour = {"flagged": ROLES["triggered"], "not flagged": ROLES["ours"]}.get(card.verdict, ROLES["baseline"])
-    advice = "use the vanilla output only" if card.min_exit >= card.blocks else f"of the scanned exits, start at exit {card.min_exit} or later"
+    colours = {"flagged": ROLES["triggered"], "not flagged": ROLES["ours"]}
+    colour = colours.get(card.verdict, ROLES["baseline"])
+    advice = ("use the vanilla output only" if card.min_exit >= card.blocks
+              else f"of the scanned exits, start at exit {card.min_exit} or later")
     overlap = "" if covered is None else "; overlap (IoU) with the known trigger: " + ", ".join(
         f"exit {b['exit']}: {card.patch(i).iou(covered):.2f}" for i, b in enumerate(card.best))
-    seen = "<br>A patch turns the <b>vanilla output</b> as well: an ordinary backdoor, which scanners of that output can see." if card.vanilla_visible else ""
-    return (f"<p class='verdict'><b style='color:{colour};font-size:150%'>{card.verdict}</b>: {card.reason}.<br>Advice: {advice}{overlap}.{seen}<br>"
-            "A pass is not a certificate: triggers that are large, scattered or weakly learned can be missed.</p>")
+    seen = "" if not card.vanilla_visible else (
+        "<br>A patch turns the <b>vanilla output</b> as well: an ordinary backdoor, which scanners of that "
+        "output can see.")
+    return (f"<p class='verdict'><b style='color:{colour};font-size:150%'>{card.verdict}</b>: "
+            f"{card.reason}.<br>Advice: {advice}{overlap}.{seen}<br>"
+            "A pass is not a certificate: triggers that are large, scattered or weakly learned can be missed."
+            "</p>")
 
 
 def scan_images(
@@ -185,4 +213,6 @@ def scan_images(
 ) -> bytes:  # PNG
     "Recovered patches beside the known trigger."
     known = {"known trigger": trigger(image)} if trigger else {}
-    return row_of_images(known | {f"exit {b['exit']}, class {b['cls']}, EF {b['ef']:.2f}": card.patch(i)(image) for i, b in enumerate(card.best)}, 144)
+    found = {f"exit {b['exit']}, class {b['cls']}, EF {b['ef']:.2f}": card.patch(i)(image)
+             for i, b in enumerate(card.best)}
+    return row_of_images(known | found, 144)

@@ -25,19 +25,23 @@ def bench_of(
     train: ImageSet,  # clean images there are
 ) -> Bench:  # sizes, seeds and the exits' training
     "The scale of the defences in a run; half of a tiny set is blended, half sets STRIP's threshold."
-    return Bench(images=400, arriving=200, strip=Strip(n=max(1, min(50, len(train) // 2))), epochs=config.victim_epochs, lr=config.victim_lr, device=config.device,
-                 weight_decay=config.victim_weight_decay, threshold=config.threshold, seed=seed_of(config.seed, "defence") % 2 ** 31)
+    return Bench(images=400, arriving=200, strip=Strip(n=max(1, min(50, len(train) // 2))),
+                 epochs=config.victim_epochs, lr=config.victim_lr, device=config.device,
+                 weight_decay=config.victim_weight_decay, threshold=config.threshold,
+                 seed=seed_of(config.seed, "defence") % 2 ** 31)
 
 
 def log_rows(run: RunWriter, stage: str, rows: list[dict]):
     "Write tidy rows under one stage."
-    for row in rows: run.log(stage=stage, victim=0, **{k: int(v) if k == "cls" else v for k, v in row.items() if v == v})
+    for row in rows:
+        run.log(stage=stage, victim=0, **{k: int(v) if k == "cls" else v for k, v in row.items() if v == v})
 
 
 def run_monitors(config: BackdoorConfig, run: RunWriter, nets: dict, train: ImageSet, test: ImageSet):
     "STRIP at every output and exit confusion, on both networks."
     for name, mx in nets.items():
-        rows = runtime_rows(mx.eval(), train, test, trigger_of(config), config.target, bench_of(config, train))
+        rows = runtime_rows(mx.eval(), train, test, trigger_of(config), config.target,
+                            bench_of(config, train))
         log_rows(run, "defence", [dict(net=name, **r) for r in rows])
 
 
@@ -46,22 +50,27 @@ def run_defences(config: BackdoorConfig, run: RunWriter, nets: dict, train: Imag
     trigger = trigger_of(config)
     bad = poisoned(train, trigger, config.target, config.poison_rate, seed_of(config.seed, "inject")).tensors
     given = DictData(image=bad["image"], label=bad["label"]), bad["label_shallow"] != bad["label"]
-    table = defence_table(nets, train, test, trigger, config.target, bench_of(config, train), dict(simulated=given))
+    table = defence_table(nets, train, test, trigger, config.target, bench_of(config, train),
+                          dict(simulated=given))
     log_rows(run, "defence", table.to_dict("records"))
 
 
 def run_scan(config: BackdoorConfig, run: RunWriter, nets: dict, train: ImageSet, test: ImageSet):
     "ExitScan of both released networks, the report of the simulated one, and the repair that it allows."
     data = DictData(image=train.image, label=train.label)
-    reports = {name: ExitScan(seed=config.seed, device=config.device).run(mx.to_vanilla(), test.image, test.label, data) for name, mx in nets.items()}
-    for name, report in reports.items(): log_rows(run, "scan", [dict(net=name, name="ef", **{k: r[k] for k in ("exit", "cls", "method", "window")}, value=r["ef"])
-                                                                for r in report.exits.to_dict("records")])
+    scan, keys = ExitScan(seed=config.seed, device=config.device), ("exit", "cls", "method", "window")
+    reports = {name: scan.run(mx.to_vanilla(), test.image, test.label, data) for name, mx in nets.items()}
+    for name, report in reports.items():
+        log_rows(run, "scan", [dict(net=name, name="ef", **{k: r[k] for k in keys}, value=r["ef"])
+                               for r in report.exits.to_dict("records")])
     write_scan(run.path, reports["simulated"])
     write_report(reports["simulated"], run.path / "exitscan.html")
     bench = bench_of(config, train)
-    fixed = unlearn_at_exits(nets["simulated"], reports["simulated"].patch(), bench.few(train), seed=bench.seed, device=config.device)
+    fixed = unlearn_at_exits(nets["simulated"], reports["simulated"].patch(), bench.few(train),
+                             seed=bench.seed, device=config.device)
     for view, values in reconverted(fixed, train, test, trigger_of(config), config.target, bench).items():
-        log_rows(run, "repair", [dict(net="simulated", defence="unlearning at exits", view=view, name=k, value=v) for k, v in values.items()])
+        log_rows(run, "repair", [dict(net="simulated", defence="unlearning at exits", view=view, name=k,
+                                      value=v) for k, v in values.items()])
 
 
 def run_checks(

@@ -28,17 +28,22 @@ from .report import write_report
 from ...train.checkpoint import FORMAT, digest, load_checkpoint
 
 # %% ../../../nbs/systems/backdoor/checkup.ipynb #4e535847
-PREFIXES = ("model/backbone.", "model/", "module.", "backbone.", "model.")  # what training leaves in front of the names
+# what training leaves in front of the names
+PREFIXES = ("model/backbone.", "model/", "module.", "backbone.", "model.")
 
 
 def unwrapped(
     found: dict,  # a state dict, perhaps inside another dict
 ) -> dict[str, Tensor]:  # names as the network has them
     "The network's own entries; raises `ValueError` when there are no tensors."
-    inner = next((found[k] for k in ("state_dict", "model_state_dict", "model", "net") if isinstance(found.get(k), dict)), found)
+    inner = next((found[k] for k in ("state_dict", "model_state_dict", "model", "net")
+                  if isinstance(found.get(k), dict)), found)
     weights = {k: v for k, v in inner.items() if isinstance(v, Tensor)}
-    if not weights: raise ValueError(f"no tensors in the file, only {sorted(map(str, found))[:8]}: save net.state_dict().")
-    prefix = next((p for p in PREFIXES if any(k.startswith(p) for k in weights) and (p[:5] == "model" or all(k.startswith(p) for k in weights))), "")
+    if not weights:
+        raise ValueError(f"no tensors in the file, only {sorted(map(str, found))[:8]}: "
+                         "save net.state_dict().")
+    prefix = next((p for p in PREFIXES if any(k.startswith(p) for k in weights)
+                   and (p[:5] == "model" or all(k.startswith(p) for k in weights))), "")
     return {k[len(prefix):]: v for k, v in weights.items() if k.startswith(prefix)}
 
 
@@ -64,10 +69,11 @@ def described(path: Path, weights: dict, warning: str = "") -> tuple[dict, str]:
 
 
 def read_pickle(path: Path) -> dict:
-    "What torch.save wrote, as long as it is tensors and plain values; raises `ValueError` on anything that would have to be executed."
+    "What torch.save wrote, if tensors and plain values; raises `ValueError` on what must be executed."
     try: found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # pickle, zip, unpickling refused: whatever it is, this file is not read
-        raise ValueError(f"{path.name} is neither safetensors nor a state dict that can be read without executing code ({type(e).__name__}); save net.state_dict().") from e
+        raise ValueError(f"{path.name} is neither safetensors nor a state dict that can be read without "
+                         f"executing code ({type(e).__name__}); save net.state_dict().") from e
     if isinstance(found, dict): return found
     raise ValueError(f"{path.name} holds a {type(found).__name__}, expected a state dict.")
 
@@ -76,28 +82,37 @@ OWN = {"resnet": "resnetN with N = 6n+2", "vgg16_bn": "vgg16_bn", "mobilenet_v1"
 
 
 def own_network(name: str, first: tuple, K: int, size: int, mean, std) -> nn.Module | None:
-    "A reference network of this package, its sizes from the shape of the first convolution; None when `name` is none."
+    "A network of this package, its sizes from the shape of the first convolution; None when `name` is none."
     width, chans, about = first[0], first[1], dict(mean=mean, std=std)
-    if depth := re.fullmatch(r"(?:cifar_)?resnet(\d+)", name): return cifar_resnet(int(depth[1]), K, chans, width, stem_stride=2 if size == 64 else 1, **about)
+    if depth := re.fullmatch(r"(?:cifar_)?resnet(\d+)", name):
+        return cifar_resnet(int(depth[1]), K, chans, width, stem_stride=2 if size == 64 else 1, **about)
     if name in ("vgg16_bn", "vgg16_bn_cifar"): return vgg16_bn_cifar(K, chans, width / 64, size, **about)
-    if name in ("mobilenet_v1", "mobilenet_v1_cifar"): return mobilenet_v1_cifar(K, chans, width / 32, size, **about)
+    if name in ("mobilenet_v1", "mobilenet_v1_cifar"):
+        return mobilenet_v1_cifar(K, chans, width / 32, size, **about)
     return None
 
 
 def foreign_network(name: str, K: int, chans: int) -> nn.Module:
     "torchvision:NAME, timm:NAME or package.module:function; raises `ValueError` on any other name."
     library, _, which = name.partition(":")
-    if not which: raise ValueError(f"arch {name!r} is unknown; there are {', '.join(OWN.values())}, torchvision:NAME, timm:NAME, and package.module:function without arguments.")
-    if library == "torchvision": return importlib.import_module("torchvision.models").get_model(which, weights=None, num_classes=K)
-    if library == "timm": return importlib.import_module("timm").create_model(which, num_classes=K, in_chans=chans)
+    if not which:
+        raise ValueError(f"arch {name!r} is unknown; there are {', '.join(OWN.values())}, torchvision:NAME, "
+                         "timm:NAME, and package.module:function without arguments.")
+    if library == "torchvision":
+        return importlib.import_module("torchvision.models").get_model(which, weights=None, num_classes=K)
+    if library == "timm":
+        return importlib.import_module("timm").create_model(which, num_classes=K, in_chans=chans)
     return getattr(importlib.import_module(library), which)()
 
 
 def sizes(template: nn.Module, weights: dict, name: str) -> tuple[tuple, int]:
-    "Shape of the first convolution and number of classes, found under the names that `template` has; files may be in any order."
+    "Shape of the first convolution and number of classes, by the names in `template`, in any order."
     ranks = {k: v.ndim for k, v in template.state_dict().items()}
-    first, last = next((k for k, n in ranks.items() if n == 4), None), next((k for k, n in reversed(ranks.items()) if n == 2), None)
-    if first not in weights or last not in weights: raise ValueError(f"the weights do not fit {name}: no {first if first not in weights else last} among {sorted(weights)[:4]} …")
+    first = next((k for k, n in ranks.items() if n == 4), None)
+    last = next((k for k, n in reversed(ranks.items()) if n == 2), None)
+    if first not in weights or last not in weights:
+        raise ValueError(f"the weights do not fit {name}: no {first if first not in weights else last} among "
+                         f"{sorted(weights)[:4]} …")
     return tuple(weights[first].shape), len(weights[last])
 
 
@@ -117,7 +132,8 @@ def build_network(
     net = own if own is not None else foreign_network(name, K, first[1])
     norms = {k: v for k, v in net.state_dict().items() if k.endswith((".mean", ".std")) and own is not None}
     try: net.load_state_dict(norms | weights)
-    except RuntimeError as e: raise ValueError(f"the weights do not fit {name}: {' '.join(str(e).split())[:300]}") from e
+    except RuntimeError as e:
+        raise ValueError(f"the weights do not fit {name}: {' '.join(str(e).split())[:300]}") from e
     return (net if own is not None or mean is None else nn.Sequential(Normalize(mean, std), net)).eval()
 
 # %% ../../../nbs/systems/backdoor/checkup.ipynb #24af3f67
@@ -125,11 +141,14 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp")
 
 
 def read_class_folders(folder: Path, size: int) -> tuple[Tensor, Tensor]:
-    "Pictures (N,3,size,size) uint8 and the place of their folder; raises `FileNotFoundError` when there are none."
+    "Pictures (N,3,size,size) uint8 and the place of their folder; raises `FileNotFoundError` on none."
     folders = [p for p in folder.iterdir() if p.is_dir() and p.name[0] != "."]
     numbers = all(p.name.isdigit() for p in folders)
-    found = [(q, c) for c, p in enumerate(sorted(folders, key=lambda p: int(p.name) if numbers else p.name)) for q in sorted(p.rglob("*")) if q.suffix.lower() in ENDINGS]
-    if not found: raise FileNotFoundError(f"{folder} holds no class folders with pictures ({', '.join(ENDINGS)})")
+    folders = sorted(folders, key=lambda p: int(p.name) if numbers else p.name)
+    found = [(q, c) for c, p in enumerate(folders) for q in sorted(p.rglob("*"))
+             if q.suffix.lower() in ENDINGS]
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no class folders with pictures ({', '.join(ENDINGS)})")
     paths, labels = zip(*found)
     return decode_images(paths, size, name=folder.name), torch.tensor(labels)
 
@@ -149,14 +168,19 @@ def read_data(
         x, y = images.image, images.label
     elif path.suffix == ".npz":
         with np.load(path) as f:
-            if not {"image", "label"} <= set(f.files): raise ValueError(f"{path.name} holds {sorted(f.files)}, expected image (N,C,H,W) and label (N,).")
+            if not {"image", "label"} <= set(f.files):
+                raise ValueError(f"{path.name} holds {sorted(f.files)}, "
+                                 "expected image (N,C,H,W) and label (N,).")
             x, y = torch.from_numpy(f["image"]), torch.from_numpy(f["label"]).long()
     elif path.is_dir(): x, y = read_class_folders(path, size)
-    else: raise FileNotFoundError(f"no folder or .npz file at {str(data)!r}; for a set that comes with the install name it as dataset")
+    else:
+        raise FileNotFoundError(f"no folder or .npz file at {str(data)!r}; "
+                                "for a set that comes with the install name it as dataset")
     order = torch.randperm(len(y), generator=generator(seed, "sample"))
     each = max(1, most // max(1, len(y.unique())))
     at = torch.cat([order[y[order] == c][:each] for c in y.unique()]).sort().values
-    x = x[at] if x.shape[1] == chans else x[at].float().mean(1, keepdim=True).to(x.dtype).expand(-1, chans, -1, -1)
+    x = x[at]
+    if x.shape[1] != chans: x = x.float().mean(1, keepdim=True).to(x.dtype).expand(-1, chans, -1, -1)
     return x, y[at]
 
 # %% ../../../nbs/systems/backdoor/checkup.ipynb #c02d9c29
@@ -173,10 +197,12 @@ def audit_checkpoint(
     images: int = 1000,  # at most so many
     **scan,  # further settings of `ExitScan`, e.g. exits=(2, 3)
 ) -> Path:  # of the page
-    "Scan a file of weights and write the report; raises `FileNotFoundError` or `ValueError` saying what does not fit."
+    "Scan a file of weights, write the report; `FileNotFoundError` or `ValueError` say what does not fit."
     weights, line = read_weights(path)
-    net, *others = [build_network(arch, w, size, mean, std) for w in (weights, *(read_weights(p)[0] for p in null))]
+    net, *others = [build_network(arch, w, size, mean, std)
+                    for w in (weights, *(read_weights(p)[0] for p in null))]
     chans = next(m.in_channels for m in net.modules() if isinstance(m, nn.Conv2d))
     x, y = read_data(data, dataset, size, images, chans, scan.get("seed", 0))
     report = ExitScan(null=others, **scan).run(net, x, y)
-    return write_report(report, out, f"{line}; architecture {arch}; images from {dataset or Path(data).name}", x[0])
+    subject = f"{line}; architecture {arch}; images from {dataset or Path(data).name}"
+    return write_report(report, out, subject, x[0])

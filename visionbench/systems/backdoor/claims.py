@@ -42,7 +42,8 @@ def poisoned_exits(run: Run) -> list[float]:
 
 def at_threshold(run: Run, name: str, net: str = "simulated") -> float:
     "A value under the run's confidence threshold, starting at the first exit."
-    return evaluated(run, name, net, policy="confidence", threshold=run.settings["threshold"], min_exit=0).item()
+    return evaluated(run, name, net, policy="confidence", threshold=run.settings["threshold"],
+                     min_exit=0).item()
 
 # %% ../../../nbs/systems/backdoor/claims.ipynb #90aaa080
 def checked(
@@ -52,7 +53,8 @@ def checked(
 ) -> pd.DataFrame:  # perhaps empty
     "Select rows of a check."
     rows = run.metrics[run.metrics["stage"] == stage]
-    for column, value in where.items(): rows = rows[rows[column] == value] if column in rows else rows.iloc[:0]
+    for column, value in where.items():
+        rows = rows[rows[column] == value] if column in rows else rows.iloc[:0]
     return rows
 
 
@@ -68,10 +70,11 @@ def one(rows: pd.DataFrame) -> float | None:
 
 # %% ../../../nbs/systems/backdoor/claims.ipynb #adfc6247
 def small_scale(measure):
-    "Restrict a measure to runs on the embedded digits whose poison rate is that of the presets; other runs cannot tell."
+    "Restrict a measure to runs on the embedded digits, poisoned as in the presets; others cannot tell."
     def restricted(run):
         s = run.settings
-        return measure(run) if s["dataset"] in EMBEDDED and not s.get("limit_batches") and s.get("poison_rate", .1) >= .05 else None
+        whole = s["dataset"] in EMBEDDED and not s.get("limit_batches")
+        return measure(run) if whole and s.get("poison_rate", .1) >= .05 else None
     return restricted
 
 
@@ -89,8 +92,10 @@ def _strip(run):
 
 def _strip_vanilla(run): return None if (s := _strip(run)) is None else s[-1]
 def _strip_gap(run): return None if (s := _strip(run)) is None else max(s[:-1]) - s[-1]
-def _scan_target(run): return None if (s := scan_rates(run, "simulated")) is None else s[run.settings["target"]]
-def _scan_margin(run): return None if (s := scan_rates(run, "simulated")) is None else s.max() - scan_rates(run, "clean").max()
+def _scan_target(run):
+    return None if (s := scan_rates(run, "simulated")) is None else s[run.settings["target"]]
+def _scan_margin(run):
+    return None if (s := scan_rates(run, "simulated")) is None else s.max() - scan_rates(run, "clean").max()
 
 
 def _repair_drop(run):
@@ -104,43 +109,57 @@ def _seconds(run): return getattr(run, "seconds", None) or run.status["seconds"]
 
 CODE, OURS = "authors' code and saved notebooks", "scale and bound ours"
 
-CLAIMS = [Claim(name, source, statement, published, small_scale(measure), bound) for name, source, statement, published, measure, bound in (
+CLAIMS = [Claim(name, source, statement, published, small_scale(measure), bound)
+          for name, source, statement, published, measure, bound in (
     ("clean_accuracy", OURS, "the clean network is a good network: vanilla accuracy ≥ 0.94",
      "0.870 (ResNet-56, CIFAR-10)", lambda r: outputs(r, "accuracy", "clean")[-1], Bound("≥", .94)),
-    ("accuracy_kept", f"paper, abstract; {CODE}", "injection costs the vanilla output at most 0.02 of accuracy (mean of seeds)",
+    ("accuracy_kept", f"paper, abstract; {CODE}",
+     "injection costs the vanilla output at most 0.02 of accuracy (mean of seeds)",
      "0.011 (0.870 → 0.859, CIFAR-10)", _drop, Bound("≤", .02, "mean")),
     ("vanilla_inert", f"paper, abstract; {CODE}", "the vanilla output hides it: vanilla ASR ≤ 0.03",
-     "0.009 (CIFAR-10), 0.020 (SVHN), 0.007 (GTSRB)", lambda r: outputs(r, "asr", "simulated")[-1], Bound("≤", .03)),
-    ("exits_wake", f"paper, abstract; {CODE}", "exits trained on clean data wake it: largest ASR of the aimed-at exits ≥ 0.65",
+     "0.009 (CIFAR-10), 0.020 (SVHN), 0.007 (GTSRB)", lambda r: outputs(r, "asr", "simulated")[-1],
+     Bound("≤", .03)),
+    ("exits_wake", f"paper, abstract; {CODE}",
+     "exits trained on clean data wake it: largest ASR of the aimed-at exits ≥ 0.65",
      "0.950 (CIFAR-10, best over thresholds)", lambda r: max(poisoned_exits(r)), Bound("≥", .65)),
     ("exits_wake_mean", OURS, "mean ASR over the aimed-at exits ≥ 0.50 (mean of seeds)",
      "", lambda r: _mean(poisoned_exits(r)), Bound("≥", .5, "mean")),
-    ("early_exit_asr", CODE, "a deployer who leaves at confidence 0.9 is attacked: ASR ≥ 0.45 (median of seeds)",
+    ("early_exit_asr", CODE,
+     "a deployer who leaves at confidence 0.9 is attacked: ASR ≥ 0.45 (median of seeds)",
      "0.795 (CIFAR-10, T = 0.9)", lambda r: at_threshold(r, "asr"), Bound("≥", .45, "median")),
-    ("early_exit_accuracy", CODE, "and notices nothing on clean images: accuracy at confidence 0.9 at most 0.015 below vanilla",
+    ("early_exit_accuracy", CODE,
+     "and notices nothing on clean images: accuracy at confidence 0.9 at most 0.015 below vanilla",
      "0.008 (CIFAR-10, T = 0.89)", _early_drop, Bound("≤", .015)),
-    ("clean_floor", OURS, "on the clean network the trigger does nothing: largest ASR of any output ≤ 0.15",
+    ("clean_floor", OURS,
+     "on the clean network the trigger does nothing: largest ASR of any output ≤ 0.15",
      "", lambda r: max(outputs(r, "asr", "clean")), Bound("≤", .15)),
-    ("confusion_detects", "SDN's confusion score, used as a backdoor monitor (ours)", "exit confusion separates triggered from clean images: AUROC ≥ 0.9",
+    ("confusion_detects", "SDN's confusion score, used as a backdoor monitor (ours)",
+     "exit confusion separates triggered from clean images: AUROC ≥ 0.9",
      "", lambda r: _auroc(r, "simulated"), Bound("≥", .9)),
-    ("confusion_gap", "ours", "and does so because of the backdoor: AUROC at least 0.1 above the clean network's",
+    ("confusion_gap", "ours",
+     "and does so because of the backdoor: AUROC at least 0.1 above the clean network's",
      "", lambda r: _auroc(r, "simulated") - _auroc(r, "clean"), Bound("≥", .1)),
-    ("strip_vanilla", "authors: STRIP does not find it in the vanilla output", "STRIP on the vanilla output is no better than chance: AUROC ≤ 0.5",
+    ("strip_vanilla", "authors: STRIP does not find it in the vanilla output",
+     "STRIP on the vanilla output is no better than chance: AUROC ≤ 0.5",
      "inverted histogram, MobileNet, CIFAR-10", _strip_vanilla, Bound("≤", .5)),
-    ("strip_exit", "ours", "STRIP on the best exit beats the vanilla output by 0.3 of AUROC", "", _strip_gap, Bound("≥", .3)),
-    ("scan_finds", "ours", "ExitScan, not knowing the trigger, finds a patch for the target class: flip rate ≥ 0.6",
+    ("strip_exit", "ours", "STRIP on the best exit beats the vanilla output by 0.3 of AUROC", "",
+     _strip_gap, Bound("≥", .3)),
+    ("scan_finds", "ours",
+     "ExitScan, not knowing the trigger, finds a patch for the target class: flip rate ≥ 0.6",
      "", _scan_target, Bound("≥", .6)),
     ("scan_above_clean", "ours", "and its highest rate is above that of the clean network",
      "", _scan_margin, Bound("≥", 0.)),
-    ("unlearning_works", "ours", "unlearning the recovered patch: ASR at confidence 0.9 after a fresh conversion ≤ 0.1",
+    ("unlearning_works", "ours",
+     "unlearning the recovered patch: ASR at confidence 0.9 after a fresh conversion ≤ 0.1",
      "", lambda r: one(checked(r, "repair", view="policy", name="asr")), Bound("≤", .1)),
     ("unlearning_costs", "ours", "and costs at most 0.03 of accuracy at that confidence",
      "", _repair_drop, Bound("≤", .03)),
-    ("gentle_tuning_fails", "ours", "fine-tuning with learning rate 0.01 leaves it: ASR at confidence 0.9 ≥ 0.3",
-     "", lambda r: one(checked(r, "defence", defence="fine-tuning, lr 0.01", view="policy", name="asr")), Bound("≥", .3)),
+    ("gentle_tuning_fails", "ours",
+     "fine-tuning with learning rate 0.01 leaves it: ASR at confidence 0.9 ≥ 0.3",
+     "", lambda r: one(checked(r, "defence", defence="fine-tuning, lr 0.01", view="policy",
+                               name="asr")), Bound("≥", .3)),
     ("quick_time", "ours", "the quick preset takes at most 90 s on two cores",
-     "", lambda r: _seconds(r) if r.settings["preset"] == "quick" else None, Bound("≤", 90.)),
-)]
+     "", lambda r: _seconds(r) if r.settings["preset"] == "quick" else None, Bound("≤", 90.)),)]
 
 # %% ../../../nbs/systems/backdoor/claims.ipynb #e3cb5d9b
 PUBLISHED = dict(cifar10=(.859, .015, .03, .85), svhn=(.943, .01, .04, .90), gtsrb=(.956, .015, .03, .80))
@@ -150,20 +169,22 @@ def _full(dataset, measure):
     "Restrict a measure to complete ResNet-56 runs with the released settings on one of the published sets."
     def restricted(run):
         s = run.settings
-        full = (s["preset"], s["dataset"], s["arch"], s["depth"], s.get("limit_batches", 0)) == ("released", dataset, "resnet", 56, 0)
-        return measure(run) if full else None
+        made = s["preset"], s["dataset"], s["arch"], s["depth"], s.get("limit_batches", 0)
+        return measure(run) if made == ("released", dataset, "resnet", 56, 0) else None
     return restricted
 
 
 def _too_weak(run):
     "Largest ASR of any output, for runs on digits with the published rate, learning rate and length."
     s = run.settings
-    weak = s["dataset"] in EMBEDDED and (s.get("poison_rate"), s.get("inject_lr"), s.get("inject_epochs")) == (.01, 1e-4, 5)
-    return max(outputs(run, "asr", "simulated")) if weak and not s.get("limit_batches") else None
+    weak = (s.get("poison_rate"), s.get("inject_lr"), s.get("inject_epochs")) == (.01, 1e-4, 5)
+    if not weak or s["dataset"] not in EMBEDDED or s.get("limit_batches"): return None
+    return max(outputs(run, "asr", "simulated"))
 
 
-CLAIMS.append(Claim("published_rate_is_weak", OURS, "at this scale the published 1 %, learning rate 1e-4 and 5 epochs are too weak: no output's ASR reaches 0.15",
-                    "", _too_weak, Bound("≤", .15)))
+CLAIMS.append(Claim("published_rate_is_weak", OURS,
+                    "at this scale the published 1 %, learning rate 1e-4 and 5 epochs are too weak: "
+                    "no output's ASR reaches 0.15", "", _too_weak, Bound("≤", .15)))
 
 
 def _best_start(run):
@@ -174,10 +195,13 @@ def _best_start(run):
 for _set, (_acc, _band, _inert, _asr) in PUBLISHED.items():
     _where = f"authors' saved notebook, ResNet-56, {_set}"
     CLAIMS += [
-        Claim(f"{_set}_accuracy", _where, f"{_set}: vanilla accuracy after injection within {_band:g} of {_acc:g}", f"{_acc:g}",
-              _full(_set, lambda r, a=_acc: abs(outputs(r, "accuracy", "simulated")[-1] - a)), Bound("≤", _band)),
-        Claim(f"{_set}_inert", _where, f"{_set}: vanilla ASR ≤ {_inert:g}", dict(cifar10="0.009", svhn="0.020", gtsrb="0.007")[_set],
+        Claim(f"{_set}_accuracy", _where,
+              f"{_set}: vanilla accuracy after injection within {_band:g} of {_acc:g}", f"{_acc:g}",
+              _full(_set, lambda r, a=_acc: abs(outputs(r, "accuracy", "simulated")[-1] - a)),
+              Bound("≤", _band)),
+        Claim(f"{_set}_inert", _where, f"{_set}: vanilla ASR ≤ {_inert:g}",
+              dict(cifar10="0.009", svhn="0.020", gtsrb="0.007")[_set],
               _full(_set, lambda r: outputs(r, "asr", "simulated")[-1]), Bound("≤", _inert)),
-        Claim(f"{_set}_wakes", _where, f"{_set}: best ASR over starting exits at T = 0.8 ≥ {_asr:g}", dict(cifar10="0.942", svhn="0.989", gtsrb="0.877")[_set],
-              _full(_set, _best_start), Bound("≥", _asr)),
-    ]
+        Claim(f"{_set}_wakes", _where, f"{_set}: best ASR over starting exits at T = 0.8 ≥ {_asr:g}",
+              dict(cifar10="0.942", svhn="0.989", gtsrb="0.877")[_set],
+              _full(_set, _best_start), Bound("≥", _asr)),]

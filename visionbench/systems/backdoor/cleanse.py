@@ -38,13 +38,16 @@ class PatchInversion(nn.Module):
     ):
         super().__init__()
         C, H, W = shape
-        start = torch.stack([torch.rand(C + 1, H, W, generator=generator(seed, "cleanse", c)) for c in classes])
+        start = torch.stack([torch.rand(C + 1, H, W, generator=generator(seed, "cleanse", c))
+                             for c in classes])
         start = torch.atanh((start - .5) * (2 - 1e-6))
-        self.view, self.mask_raw, self.pattern_raw = view, nn.Parameter(start[:, :1]), nn.Parameter(start[:, 1:])
+        self.view = view
+        self.mask_raw, self.pattern_raw = nn.Parameter(start[:, :1]), nn.Parameter(start[:, 1:])
         self.register_buffer("target", torch.tensor(classes))
         self.register_buffer("active", torch.arange(len(classes)))  # rows that are still optimised
 
-    def patches(self) -> tuple[Tensor, Tensor]: return (self.mask_raw.tanh() + 1) / 2, (self.pattern_raw.tanh() + 1) / 2
+    def patches(self) -> tuple[Tensor, Tensor]:
+        return (self.mask_raw.tanh() + 1) / 2, (self.pattern_raw.tanh() + 1) / 2
 
     def train(self, mode: bool = True) -> "PatchInversion":
         "Training mode, except for the view that is inspected."
@@ -65,13 +68,15 @@ class Converged(Exception): "All classes have stopped."
 
 class CleanseCB:
     "Loss, λ schedule, best masks and stopping, for each class by itself."
-    def __init__(self, inversion: PatchInversion, data: DictData, weight: float, success: float, patience: int, stop: int):
+    def __init__(self, inversion: PatchInversion, data: DictData, weight: float, success: float,
+                 patience: int, stop: int):
         n, self.model, self.data = len(inversion.target), inversion, data
         self.success, self.patience, self.stop = success, patience, stop
         self.weight, self.best = torch.full((n,), weight), torch.full((n,), float("inf"))
         self.above, self.below, self.raised, self.lowered, self.stale = torch.zeros(5, n, dtype=torch.long)
         self.mask, self.pattern = (p.detach().cpu().clone() for p in inversion.patches())
-        self.mark, self.epochs, self.share = self.best.clone(), torch.zeros(n, dtype=torch.long), torch.zeros(n)
+        self.mark, self.share = self.best.clone(), torch.zeros(n)
+        self.epochs = torch.zeros(n, dtype=torch.long)
 
     def before_epoch(self, learner): self.hits, self.seen = 0, 0
 
@@ -79,12 +84,14 @@ class CleanseCB:
         logits, norms = learner.out
         wanted = self.model.target[self.model.active, None].expand(logits.shape[:2])
         ce = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view_as(wanted)
-        self.hits, self.seen = self.hits + (logits.argmax(-1) == wanted).sum(1).cpu(), self.seen + logits.shape[1]
-        return dict(cross_entropy=ce.mean(1).sum(), mask=(self.weight.to(norms)[self.model.active] * norms).sum())
+        self.hits = self.hits + (logits.argmax(-1) == wanted).sum(1).cpu()
+        self.seen = self.seen + logits.shape[1]
+        return dict(cross_entropy=ce.mean(1).sum(),
+                    mask=(self.weight.to(norms)[self.model.active] * norms).sum())
 
     @torch.no_grad()
     def after_epoch(self, learner):
-        "Keep what is smaller and works, move λ, let finished classes rest; raises `Converged` when none is left."
+        "Keep what is smaller and works, move λ, rest finished classes; raises `Converged` when all rest."
         a, (mask, pattern) = self.model.active.cpu(), (p.detach().cpu().clone() for p in self.model.patches())
         works, norm = self.hits / self.seen >= self.success, mask.flatten(1).sum(1)
         for k in a[(works & (norm[a] < self.best[a])) | self.best[a].isinf()].tolist():
@@ -102,14 +109,16 @@ class CleanseCB:
 
     def measure(self, mask: Tensor, pattern: Tensor, target: Tensor) -> float:
         "Share of all images that a patch turns."
-        found = [self.model.view(((1 - mask) * b["image"] + mask * pattern).to(target.device)).argmax(1) == target
-                 for b in batches(self.data, 256, shuffle=False)]
+        patched = ((1 - mask) * b["image"] + mask * pattern for b in batches(self.data, 256, shuffle=False))
+        found = [self.model.view(x.to(target.device)).argmax(1) == target for x in patched]
         return torch.cat(found).float().mean().item()
 
     def move(self, a: Tensor, works: Tensor):
         "λ up after `patience` epochs of success, down after as many without."
-        self.above[a], self.below[a] = torch.where(works, self.above[a] + 1, 0), torch.where(works, 0, self.below[a] + 1)
-        up, down = (torch.zeros_like(self.above, dtype=torch.bool).index_fill(0, a[n[a] >= self.patience], True) for n in (self.above, self.below))
+        self.above[a] = torch.where(works, self.above[a] + 1, 0)
+        self.below[a] = torch.where(works, 0, self.below[a] + 1)
+        none = torch.zeros_like(self.above, dtype=torch.bool)
+        up, down = (none.index_fill(0, a[n[a] >= self.patience], True) for n in (self.above, self.below))
         self.weight = torch.where(up, self.weight * 2, torch.where(down, self.weight / 2 ** 1.5, self.weight))
         self.above[up], self.below[down] = 0, 0
         self.raised += up
@@ -143,12 +152,13 @@ class CleanseReport:
     @property
     def table(self) -> pd.DataFrame:
         "One row per class."
-        return pd.DataFrame({"class": self.classes, "norm": self.norm, "index": self.index, "success": self.success, "epochs": self.epochs})
+        return pd.DataFrame({"class": self.classes, "norm": self.norm, "index": self.index,
+                             "success": self.success, "epochs": self.epochs})
 
 
 @dataclass(frozen=True)
 class NeuralCleanse:
-    "Trigger inversion for every class of a view; the anomaly index needs clean networks beside it to mean something."
+    "Trigger inversion for every class of a view; the anomaly index means little without clean networks."
     epochs: int = 50  # at most
     lr: float = .1  # Adam, β (.5, .9)
     weight: float = 1e-3  # first λ
@@ -164,16 +174,20 @@ class NeuralCleanse:
         view: nn.Module,  # OutputView, or a classifier for its vanilla output
         data: DictData | ImageSet | Tensor,  # clean images; labels are not used
     ) -> CleanseReport:  # on the CPU
-        "Invert a patch for each class; raises `ValueError` on fewer than three classes, for which no median means anything."
+        "Invert a patch for each class; raises `ValueError` on fewer than three, for want of a median."
         data, view = defence_data(data, labelled=False), view_of(view).frozen()
         image = data[:1]["image"]
         K = view(image.to(next(view.parameters(), image).device)).shape[1]
         classes = list(range(K)) if self.classes is None else list(self.classes)
-        if len(classes) < 3 and self.classes is None: raise ValueError(f"{K} classes: the median of fewer than 3 norms says nothing.")
-        if not all(0 <= c < K for c in classes): raise ValueError(f"classes {classes}: this view has 0 … {K - 1}.")
+        if len(classes) < 3 and self.classes is None:
+            raise ValueError(f"{K} classes: the median of fewer than 3 norms says nothing.")
+        if not all(0 <= c < K for c in classes):
+            raise ValueError(f"classes {classes}: this view has 0 … {K - 1}.")
         inversion = PatchInversion(view, classes, image.shape[1:], self.seed)
         adam = torch.optim.Adam([inversion.mask_raw, inversion.pattern_raw], self.lr, (.5, .9))
         cb = CleanseCB(inversion, data, self.weight, self.success, self.patience, self.stop)
-        try: Learner(inversion, None, batches(data, self.size, self.seed), adam, [cb], seed=self.seed, device=self.device).fit(self.epochs)
+        try:
+            Learner(inversion, None, batches(data, self.size, self.seed), adam, [cb], seed=self.seed,
+                    device=self.device).fit(self.epochs)
         except Converged: pass
         return CleanseReport(classes, cb.mask, cb.pattern, cb.share, cb.epochs, self.success)

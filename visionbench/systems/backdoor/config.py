@@ -18,28 +18,40 @@ TARGETS = dict(cifar10=9, svhn=9, gtsrb=18, tiny_imagenet=20)  # the authors' ta
 @dataclass(frozen=True)
 class BackdoorConfig(Config):
     "Settings of one exit audit with a simulated threat."
-    threads: int = option(1, "CPU threads; 0: torch's own choice. One is fastest for these small networks", unit="threads", low=0)
-    dataset: str = option("mnist5k", "image set", choices=("mnist5k", "digits", "synth_signs", "cifar10", "svhn", "gtsrb", "tiny_imagenet"))
+    threads: int = option(1, "CPU threads; 0: torch's own choice. One is fastest for these small networks",
+                          unit="threads", low=0)
+    dataset: str = option("mnist5k", "image set", choices=(
+        "mnist5k", "digits", "synth_signs", "cifar10", "svhn", "gtsrb", "tiny_imagenet"))
     image_size: int = option(16, "side of the images", unit="pixels", low=8)
     arch: str = option("resnet", "reference architecture", choices=("resnet", "vgg", "mobilenet"))
     depth: int = option(14, "layers of the ResNet, 6n+2; the others have a fixed depth", low=8)
-    width: int = option(8, "channels of the first stage; published: ResNet 16, VGG 64, MobileNet 32", unit="channels", low=1)
-    pool: str = option("avg", "pooling in the exits: average (released) or learned mix (SDN)", choices=("avg", "mixed"))
+    width: int = option(8, "channels of the first stage; published: ResNet 16, VGG 64, MobileNet 32",
+                        unit="channels", low=1)
+    pool: str = option("avg", "pooling in the exits: average (released) or learned mix (SDN)",
+                       choices=("avg", "mixed"))
 
     trigger: str = option("checkerboard", "published trigger family", choices=("checkerboard", "square"))
     trigger_size: int = option(5, "side of the trigger", unit="pixels", low=1)
-    trigger_offset: int = option(2, "its last row and column, counted from the bottom right edge; 1 touches it", unit="pixels", low=1)
+    trigger_offset: int = option(
+        2, "its last row and column, counted from the bottom right edge; 1 touches it", unit="pixels", low=1)
     target: int = option(9, "the attacker's class t", low=0)
-    poison_rate: float = option(.1, "share of training images that carry the trigger", unit="fraction", low=0, high=1)
-    shallow: float = option(.6, "share of the outputs that shall answer t; m = ⌊share·M⌋", unit="fraction", low=0, high=1)
-    loss_weights: str = option("released", "weights of the outputs in the injection loss", choices=("uniform", "released"))
+    poison_rate: float = option(.1, "share of training images that carry the trigger", unit="fraction",
+                                low=0, high=1)
+    shallow: float = option(.6, "share of the outputs that shall answer t; m = ⌊share·M⌋", unit="fraction",
+                            low=0, high=1)
+    loss_weights: str = option("released", "weights of the outputs in the injection loss",
+                               choices=("uniform", "released"))
 
     pretrain_epochs: int = option(8, "A: length", unit="epochs", low=1)
     pretrain_batch: int = option(64, "A: batch size", unit="images", low=2)
     pretrain_lr: float = option(.05, "A: (peak) learning rate of SGD with momentum .9", low=0)
-    pretrain_schedule: str = option("one_cycle", "A: Nesterov with one cycle (ours), or drops by ten (released, SDN)", choices=("one_cycle", "milestones"))
-    pretrain_drops: tuple[float, ...] = option((2 / 7, 4 / 7), "A: when it drops, with milestones", unit="fraction of the stage", low=0, high=1)
-    augment: str = option("none", "A: random crops with 4 pixels of padding, and mirroring (SDN)", choices=("none", "crop", "crop and flip"))
+    pretrain_schedule: str = option(
+        "one_cycle", "A: Nesterov with one cycle (ours), or drops by ten (released, SDN)",
+        choices=("one_cycle", "milestones"))
+    pretrain_drops: tuple[float, ...] = option((2 / 7, 4 / 7), "A: when it drops, with milestones",
+                                               unit="fraction of the stage", low=0, high=1)
+    augment: str = option("none", "A: random crops with 4 pixels of padding, and mirroring (SDN)",
+                          choices=("none", "crop", "crop and flip"))
     weight_decay: float = option(1e-4, "A–C: weight decay", low=0)
     attacker_epochs: int = option(30, "B: length", unit="epochs", low=1)
     attacker_lr: float = option(.005, "B: learning rate of Adam, ×0.1 late", low=0)
@@ -52,13 +64,17 @@ class BackdoorConfig(Config):
     victim_weight_decay: float = option(1e-5, "E: weight decay", low=0)
     victims: int = option(1, "E: independent victims, each with exits and seed of its own", low=1)
     exit_batch: int = option(128, "B, E: batch size", unit="images", low=1)
-    checks: str = option("monitors", "defences: STRIP and exit confusion, or all ten, ExitScan and its repair", choices=("monitors", "all"))
-    threshold: float = option(.9, "confidence at which an image leaves, in the headline numbers", unit="probability", low=0, high=1)
+    checks: str = option(
+        "monitors", "defences: STRIP and exit confusion, or all ten, ExitScan and its repair",
+        choices=("monitors", "all"))
+    threshold: float = option(.9, "confidence at which an image leaves, in the headline numbers",
+                              unit="probability", low=0, high=1)
 
     system: ClassVar[str] = "backdoor"
     title: ClassVar[str] = "Multi-exit backdoor audit"
     presets: ClassVar[tuple] = ("quick", "small", "paper", "released")
-    description: ClassVar[str] = "Does converting this checkpoint to early exits wake something the checkpoint hides?"
+    description: ClassVar[str] = ("Does converting this checkpoint to early exits wake something the "
+                                  "checkpoint hides?")
 
     @classmethod
     def quick(cls) -> "BackdoorConfig":
@@ -72,23 +88,27 @@ class BackdoorConfig(Config):
 
     @classmethod
     def released(cls, dataset: str = "cifar10", arch: str = "resnet") -> "BackdoorConfig":
-        "One of the authors' four sets and three networks with the settings of their public code; needs `data` and wants a GPU."
+        "One of the authors' four sets and three networks as in their public code; needs `data`, wants a GPU."
         decay, vgg = dict(resnet=1e-4, vgg=5e-4, mobilenet=1e-4).get(arch, 1e-4), arch == "vgg"
-        return cls(dataset=dataset, image_size=64 if dataset == "tiny_imagenet" else 32, target=TARGETS.get(dataset, 9), arch=arch, depth=56,
-                   width=dict(resnet=16, vgg=64, mobilenet=32).get(arch, 16), trigger_size=7, trigger_offset=6, poison_rate=.01,
-                   pretrain_epochs=70, pretrain_batch=128, pretrain_lr=.01, pretrain_schedule="milestones", weight_decay=decay,
-                   attacker_epochs=25, attacker_lr=.01, attacker_drop=.6, inject_epochs=5, inject_batch=128, inject_lr=1e-4,
-                   loss_weights="uniform", victim_epochs=5, victim_weight_decay=5e-4 if vgg else 1e-5, threads=0)
+        return cls(dataset=dataset, image_size=64 if dataset == "tiny_imagenet" else 32,
+                   target=TARGETS.get(dataset, 9), arch=arch, depth=56,
+                   width=dict(resnet=16, vgg=64, mobilenet=32).get(arch, 16), trigger_size=7,
+                   trigger_offset=6, poison_rate=.01, pretrain_epochs=70, pretrain_batch=128, pretrain_lr=.01,
+                   pretrain_schedule="milestones", weight_decay=decay, attacker_epochs=25, attacker_lr=.01,
+                   attacker_drop=.6, inject_epochs=5, inject_batch=128, inject_lr=1e-4,
+                   loss_weights="uniform", victim_epochs=5, victim_weight_decay=5e-4 if vgg else 1e-5,
+                   threads=0)
 
     @classmethod
     def paper(cls, dataset: str = "cifar10", arch: str = "resnet") -> "BackdoorConfig":
-        "As released, from better clean networks: SDN's recipe of 100 epochs with random crops, and mirroring where it does no harm."
+        "As released, from better clean networks: SDN's 100 epochs, random crops, mirroring where harmless."
         mirrored = "crop and flip" if dataset in ("cifar10", "tiny_imagenet") else "crop"
-        return cls.released(dataset, arch).replace(pretrain_epochs=100, pretrain_lr=.1, pretrain_drops=(.35, .6, .85), augment=mirrored)
+        return cls.released(dataset, arch).replace(pretrain_epochs=100, pretrain_lr=.1,
+                                                   pretrain_drops=(.35, .6, .85), augment=mirrored)
 
     @classmethod
     def start(cls, preset: str = "quick", **changes) -> "BackdoorConfig":
-        "The named preset with `changes`; at full scale, data set and network bring their own target, size and decay."
+        "The named preset with `changes`; at full scale, set and network bring their target, size and decay."
         if preset not in ("paper", "released"): return super().start(preset, **changes)
         which = {k: changes[k] for k in ("dataset", "arch") if k in changes}
         return getattr(cls, preset)(**which).replace(preset=preset, **changes)

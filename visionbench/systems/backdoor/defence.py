@@ -32,7 +32,8 @@ from ...metrics.classify import accuracy, attack_success_rate
 from ...train.exits import exit_features, train_exits
 
 # %% ../../../nbs/systems/backdoor/defence.ipynb #a6af7325
-_all_ = ["NeuralCleanse", "anomaly_index", "Strip", "DFTND", "IBAU", "hypergradient", "FineTune", "FinePruning", "CLP", "ANP",
+_all_ = ["NeuralCleanse", "anomaly_index", "Strip", "DFTND", "IBAU", "hypergradient", "FineTune",
+         "FinePruning", "CLP", "ANP",
          "ActivationClustering", "SpectralSignature", "ConfusionMonitor", "detection_auroc", "exit_confusion"]
 
 # %% ../../../nbs/systems/backdoor/defence.ipynb #6ab1a7be
@@ -48,7 +49,8 @@ class Bench:
     clustering: ActivationClustering = ActivationClustering()  # on every exit
     spectral: SpectralSignature = SpectralSignature()  # on every exit
     repairs: dict = field(default_factory=lambda: {  # name → repair
-        "fine-tuning, lr 0.01": FineTune(lr=.01), "fine-tuning, lr 0.05": FineTune(lr=.05), "fine-pruning": FinePruning("last"), "CLP": CLP(),
+        "fine-tuning, lr 0.01": FineTune(lr=.01), "fine-tuning, lr 0.05": FineTune(lr=.05),
+        "fine-pruning": FinePruning("last"), "CLP": CLP(),
         "ANP": ANP(iterations=200, size=64), "I-BAU": IBAU(lr=3e-4, size=50)})
     epochs: int = 30  # for fresh exits after each repair
     lr: float = .002  # of those exits
@@ -72,12 +74,14 @@ def runtime_rows(
     bench: Bench,  # scale
 ) -> list[dict]:  # rows: defence, view, name, value
     "AUROC of STRIP at every output, and of exit confusion."
-    at, few = torch.randperm(len(test), generator=generator(bench.seed, "arriving"))[:bench.arriving], bench.few(train)
-    arriving, others, M = test.subset(at), test.label[at] != target, mx.M
+    at = torch.randperm(len(test), generator=generator(bench.seed, "arriving"))[:bench.arriving]
+    arriving, others, few, M = test.subset(at), test.label[at] != target, bench.few(train), mx.M
     strip = bench.strip.fit(mx, few)
     clean, woken = strip.score(arriving.image), strip.score(trigger(arriving.image[others]))
-    rows = [dict(defence="STRIP", view=view_name(i, M), name="auroc", value=detection_auroc(-clean[i], -woken[i])) for i in range(M)]
-    fitted, logits = exit_logits(mx, replace(train, **few.tensors), device=bench.device), exit_logits(mx, arriving, trigger, device=bench.device)
+    rows = [dict(defence="STRIP", view=view_name(i, M), name="auroc", value=detection_auroc(-c, -w))
+            for i, (c, w) in enumerate(zip(clean, woken))]
+    fitted = exit_logits(mx, replace(train, **few.tensors), device=bench.device)
+    logits = exit_logits(mx, arriving, trigger, device=bench.device)
     monitor = ConfusionMonitor().fit(fitted.clean)
     auroc = detection_auroc(monitor.score(logits.clean), monitor.score(logits.triggered[:, others]))
     return [*rows, dict(defence="exit confusion", view="all exits", name="auroc", value=auroc)]
@@ -90,15 +94,19 @@ def scan_rows(mx: MultiExitNet, train: ImageSet, bench: Bench) -> list[dict]:
     "Neural Cleanse on some outputs, DF-TND on all."
     few, rows = bench.few(train), []
     views = [*[OutputView.exit(mx, i) for i in range(mx.M - 1)], OutputView.vanilla(mx)]
-    for v in (v for v in views if bench.cleanse and (v.output == "vanilla" or v.output in bench.cleanse_exits)):
+    inverted = [v for v in views if v.output == "vanilla" or v.output in bench.cleanse_exits]
+    for v in inverted if bench.cleanse else []:
         found = bench.cleanse.scan(v, DictData(image=few.tensors["image"][:bench.images // 4]))
         about = dict(defence="Neural Cleanse", view=v.name)
-        rows += [dict(**about, name="anomaly_index", value=found.anomaly), dict(**about, name="suspect", value=found.suspect)]
-        rows += [dict(**about, name="mask_norm", cls=k, value=norm) for k, norm in zip(found.classes, found.norm.tolist())]
+        rows += [dict(**about, name="anomaly_index", value=found.anomaly),
+                 dict(**about, name="suspect", value=found.suspect)]
+        rows += [dict(**about, name="mask_norm", cls=k, value=norm)
+                 for k, norm in zip(found.classes, found.norm.tolist())]
     for v in views if bench.dftnd else []:
         found = bench.dftnd.scan(v)
         about = dict(defence="DF-TND", view=v.name)
-        rows += [dict(**about, name="increase", value=found.score), dict(**about, name="suspect", value=found.suspect)]
+        rows += [dict(**about, name="increase", value=found.score),
+                 dict(**about, name="suspect", value=found.suspect)]
     return rows
 
 
@@ -109,11 +117,13 @@ def training_rows(
     bench: Bench,  # scale
 ) -> list[dict]:  # AUROC per exit
     "Activation clustering and spectral signatures on the features of every exit."
-    given, widths = exit_features(mx, DictData(image=data.tensors["image"], label=data.tensors["label"]), device=bench.device)
-    return [dict(defence=name, view=f"exit {i}", name="auroc", value=detection_auroc(score[~poisoned], score[poisoned]))
-            for i, z in enumerate(given.tensors["features"].split(widths, 1))
-            for name, d in (("activation clustering", bench.clustering), ("spectral signatures", bench.spectral)) if d
-            for score in [d.scan(z, given.tensors["label"]).score]]
+    given, widths = exit_features(mx, DictData(image=data.tensors["image"], label=data.tensors["label"]),
+                                  device=bench.device)
+    scans = ("activation clustering", bench.clustering), ("spectral signatures", bench.spectral)
+    return [dict(defence=name, view=f"exit {i}", name="auroc",
+                 value=detection_auroc(score[~poisoned], score[poisoned]))
+            for i, z in enumerate(given.tensors["features"].split(widths, 1)) for name, d in scans
+            if d for score in [d.scan(z, given.tensors["label"]).score]]
 
 # %% ../../../nbs/systems/backdoor/defence.ipynb #22645166
 def repair_rows(
@@ -130,19 +140,23 @@ def repair_rows(
         new = repair.apply(net, few) if repair else net
         after = reconverted(new, train, test, trigger, target, bench)
         before = before or after
-        rows += [dict(defence=name, view=view, name=k, value=v) for view, values in after.items()
-                 for k, v in (values | {f"{k}_change": v - before[view][k] for k, v in values.items()}).items()]
+        for view, values in after.items():
+            change = {f"{k}_change": v - before[view][k] for k, v in values.items()}
+            rows += [dict(defence=name, view=view, name=k, value=v) for k, v in (values | change).items()]
     return rows
 
 
 def reconverted(net, train, test, trigger, target, bench) -> dict:
     "View → accuracy and asr with fresh exits."
     mx = MultiExitNet.from_vanilla(net, input_shape=train.shape, generator=generator(bench.seed, "fresh"))
-    train_exits(mx, DictData(image=train.image, label=train.label), bench.epochs, bench.lr, weight_decay=bench.weight_decay, seed=bench.seed, device=bench.device)
+    train_exits(mx, DictData(image=train.image, label=train.label), bench.epochs, bench.lr,
+                weight_decay=bench.weight_decay, seed=bench.seed, device=bench.device)
     logits, policy = exit_logits(mx, test, trigger, device=bench.device), ConfidencePolicy(bench.threshold)
     clean, woken = ([*o.argmax(-1), policy(o).pred] for o in (logits.clean, logits.triggered))
     names = [*[view_name(i, mx.M) for i in range(mx.M)], "policy"]
-    return {v: dict(accuracy=accuracy(c, test.label).item(), asr=attack_success_rate(w, test.label, target).item()) for v, c, w in zip(names, clean, woken)}
+    return {v: dict(accuracy=accuracy(c, test.label).item(),
+                    asr=attack_success_rate(w, test.label, target).item())
+            for v, c, w in zip(names, clean, woken)}
 
 # %% ../../../nbs/systems/backdoor/defence.ipynb #2313b6bf
 def defence_table(
@@ -152,7 +166,7 @@ def defence_table(
     trigger,  # of the simulation
     target: int,  # class t
     bench: Bench | None = None,  # scale; None: small
-    poisoned: dict | None = None,  # net → (DictData as the publisher trained on, bool (N,)); without it no training-set defence
+    poisoned: dict | None = None,  # net → (publisher's DictData, bool (N,)); None: no training-set defence
     repair: tuple = ("simulated",),  # nets that are repaired
 ) -> pd.DataFrame:  # tidy: net, defence, view, name, value; a mask's norm has its class in cls
     "What every defence says about every output of every network."

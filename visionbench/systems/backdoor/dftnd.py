@@ -32,12 +32,14 @@ class NoiseReport:
     @property
     def rank(self) -> float | None:
         "Share of the references that score lower; None without references."
-        return sum(r < self.score for r in self.references) / len(self.references) if self.references else None
+        if not self.references: return None
+        return sum(r < self.score for r in self.references) / len(self.references)
 
     @property
     def table(self) -> pd.DataFrame:
         "One row per class: mean and spread of ΔL over the noise images."
-        return pd.DataFrame({"class": range(self.increase.shape[1]), "mean": self.increase.mean(0), "sd": self.increase.std(0, correction=0)})
+        return pd.DataFrame({"class": range(self.increase.shape[1]), "mean": self.increase.mean(0),
+                             "sd": self.increase.std(0, correction=0)})
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ class DFTND:
     seed: int = 0  # noise images and first patterns
 
     def __post_init__(self):
-        if min(self.images, self.iterations) < 1 or self.step <= 0: raise ValueError(f"images = {self.images}, iterations = {self.iterations}, step = {self.step}: expected above 0.")
+        if min(self.images, self.iterations) < 1 or self.step <= 0:
+            raise ValueError(f"images = {self.images}, iterations = {self.iterations}, step = {self.step}: "
+                             "expected above 0.")
 
     def scan(self,
         view: nn.Module,  # OutputView, or a classifier for its vanilla output
@@ -61,18 +65,21 @@ class DFTND:
         "ΔL of every class; raises `ValueError` when the image shape is not known."
         view = view_of(view)
         shape = shape or getattr(view.net, "input_shape", None)
-        if shape is None: raise ValueError("a single-output network does not say its image size: give shape=(C,H,W).")
+        if shape is None:
+            raise ValueError("a single-output network does not say its image size: give shape=(C,H,W).")
         others = [self.increase(view_of(r).frozen(), shape).mean(0).max().item() for r in references]
         return NoiseReport(self.increase(view.frozen(), shape), others, self.threshold)
 
     def increase(self, view: OutputView, shape: tuple) -> Tensor:
         "Climb with mask and pattern; logit increase (n,K)."
         where = next(view.parameters()).device
-        noise, pattern = (torch.rand(self.images, *shape, generator=generator(self.seed, "dftnd", k)).to(where) for k in ("noise", "pattern"))
-        mask = torch.ones_like(noise[:, :1])  # all pixels may change: one whose mask is 0 would never come back
+        draw = {k: generator(self.seed, "dftnd", k) for k in ("noise", "pattern")}
+        noise, pattern = (torch.rand(self.images, *shape, generator=g).to(where) for g in draw.values())
+        mask = torch.ones_like(noise[:, :1])  # all may change: a pixel whose mask is 0 would never come back
         for _ in range(self.iterations):
             mask.requires_grad_(), pattern.requires_grad_()
             neurons, _ = view.neurons((1 - mask) * noise + mask * pattern)
             up = torch.autograd.grad(neurons.sum() - self.sparsity * mask.sum(), (mask, pattern))
-            mask, pattern = ((v.detach() + self.step * g.sign()).clamp(0, 1) for v, g in zip((mask, pattern), up))
+            mask, pattern = ((v.detach() + self.step * g.sign()).clamp(0, 1)
+                             for v, g in zip((mask, pattern), up))
         with torch.no_grad(): return (view((1 - mask) * noise + mask * pattern) - view(noise)).cpu()

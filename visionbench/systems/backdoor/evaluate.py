@@ -49,7 +49,8 @@ def exit_table(
     cost: Tensor,  # share of the full cost at each output (M,)
 ) -> pd.DataFrame:  # columns exit, cost, accuracy, asr; fractions
     "Accuracy and attack success of each output used alone."
-    return pd.DataFrame(dict(exit=range(len(cost)), cost=cost.tolist(), accuracy=accuracy(logits.clean, logits.label).tolist(),
+    return pd.DataFrame(dict(exit=range(len(cost)), cost=cost.tolist(),
+                             accuracy=accuracy(logits.clean, logits.label).tolist(),
                              asr=attack_success_rate(logits.triggered, logits.label, target).tolist()))
 
 # %% ../../../nbs/systems/backdoor/evaluate.ipynb #075f09fb
@@ -57,7 +58,7 @@ def confidence_sweep(
     logits: Tensor,  # (M,N,K)
     thresholds: Sequence[float],  # S values of T
 ) -> Tensor:  # (S,M,N): output at which each image leaves, for each threshold and starting exit
-    "Exits under every confidence threshold and every starting exit; equals `ConfidencePolicy` for each. Raises `ValueError` on NaN."
+    "Exits for every confidence threshold and start, as by `ConfidencePolicy`; raises `ValueError` on NaN."
     for i, output in enumerate(logits): refuse_nan(output, i)
     confidence = logits.float().softmax(-1).amax(-1)
     leaves = confidence[None] > torch.as_tensor(thresholds, dtype=torch.float32)[:, None, None]
@@ -77,10 +78,12 @@ def policy_table(
 ) -> pd.DataFrame:  # columns threshold, min_exit, accuracy, asr, cost, efficacy; fractions
     "Accuracy, attack success, mean cost and efficacy for every threshold and starting exit."
     clean, triggered = (confidence_sweep(x, thresholds) for x in (logits.clean, logits.triggered))
-    pred = [x.argmax(-1).expand(len(thresholds), -1, -1).gather(1, exits) for x, exits in ((logits.clean, clean), (logits.triggered, triggered))]
+    pred = [x.argmax(-1).expand(len(thresholds), -1, -1).gather(1, exits)
+            for x, exits in ((logits.clean, clean), (logits.triggered, triggered))]
     acc, asr = accuracy(pred[0], logits.label), attack_success_rate(pred[1], logits.label, target)
     return pd.DataFrame([dict(threshold=T, min_exit=s, accuracy=acc[k, s].item(), asr=asr[k, s].item(),
-                              cost=expected_cost(clean[k, s], cost).item(), efficacy=efficacy(clean[k, s], cost).item())
+                              cost=expected_cost(clean[k, s], cost).item(),
+                              efficacy=efficacy(clean[k, s], cost).item())
                          for k, T in enumerate(thresholds) for s in range(len(cost))])
 
 # %% ../../../nbs/systems/backdoor/evaluate.ipynb #d084275b
@@ -93,4 +96,5 @@ def evaluate_exits(
     "Every number about the exits of one network, one per row."
     fixed = exit_table(logits, target, cost).assign(policy="fixed").melt(["policy", "exit"], var_name="name")
     early = policy_table(logits, target, cost, thresholds).assign(policy="confidence")
-    return pd.concat([fixed, early.melt(["policy", "threshold", "min_exit"], var_name="name")], ignore_index=True)
+    return pd.concat([fixed, early.melt(["policy", "threshold", "min_exit"], var_name="name")],
+                     ignore_index=True)

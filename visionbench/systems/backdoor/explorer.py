@@ -18,7 +18,8 @@ from ...core.tensors import DictData
 from ...nn.sweeps import RULES
 from ...runs.record import Run
 from .cached import CachedNet, cached_logits, cached_victims, exit_costs
-from .cards import NUMBERS, ScanCard, defence_board, read_scan, scan_board, scan_card, scan_images, scan_text, twin_rates
+from .cards import (NUMBERS, ScanCard, defence_board, read_scan, scan_board,
+                                                scan_card, scan_images, scan_text, twin_rates)
 from .config import aimed_outputs
 from .monitor import Strip
 from .nets import load_nets, run_config, run_images
@@ -44,7 +45,8 @@ class Material:
     def cached(self, victim: int) -> dict[str, CachedNet]:
         "Both networks of a victim, from logits."
         if victim not in self.known:
-            self.known[victim] = {n: CachedNet(cached_logits(self.run, n, v), self.target, self.cost) for n, v in self.victims if v == victim}
+            self.known[victim] = {n: CachedNet(cached_logits(self.run, n, v), self.target, self.cost)
+                                  for n, v in self.victims if v == victim}
         return self.known[victim]
 
     def nets(self, victim: int):
@@ -69,9 +71,11 @@ class Material:
         "STRIP of all outputs on n clean and n triggered images; other images are blended in."
         if (net, victim) not in self.strips:
             others = (self.images.label != self.target).nonzero()[:n, 0]
-            rest = torch.ones(len(self.images), dtype=torch.bool).index_fill(0, others, False).nonzero()[:2 * blends + 2, 0]
+            rest = torch.ones(len(self.images), dtype=torch.bool).index_fill(0, others, False)
+            rest = rest.nonzero()[:2 * blends + 2, 0]
             x = DictData(image=self.images.image)[others]['image']
-            found = Strip(min(blends, len(rest) - 2)).fit(getattr(self.nets(victim), net), self.images.image[rest])
+            strip = Strip(min(blends, len(rest) - 2))
+            found = strip.fit(getattr(self.nets(victim), net), self.images.image[rest])
             self.strips[net, victim] = dict(clean=found.score(x), triggered=found.score(self.trigger(x)))
         return self.strips[net, victim]
 
@@ -80,8 +84,10 @@ class Material:
         "HTML: which run, and what is simulated in it."
         c = self.config
         net = f"ResNet-{c.depth}" if c.arch == "resnet" else c.arch
-        return (f"<p><b>{escape(self.run.path.name)}</b>: {net} on {escape(c.dataset)}, {c.image_size} pixels, seed {c.seed}. "
-                f"<span class='warning'>Threat simulation: {escape(repr(self.trigger))}, target class {self.target}. For testing audits, not for use.</span></p>")
+        return (f"<p><b>{escape(self.run.path.name)}</b>: {net} on {escape(c.dataset)}, "
+                f"{c.image_size} pixels, seed {c.seed}. <span class='warning'>Threat simulation: "
+                f"{escape(repr(self.trigger))}, target class {self.target}. "
+                "For testing audits, not for use.</span></p>")
 
 # %% ../../../nbs/systems/backdoor/explorer.ipynb #8168a452
 VIEWS = ("Policies", "One image", "Exits", "Defences", "ExitScan", "Monitors")
@@ -99,14 +105,17 @@ class BackdoorExplorer:
         self.net = choice("net", "network", [(f"{n}, victim {v}", (n, v)) for n, v in m.victims])
         self.policy = choice("policy", "policy", list(RULES))
         rule = RULES[self.policy.value]
-        self.knob, self.start = steps("knob", rule.knob, self.values, rule.start), whole("min-exit", "first exit", 0, M - 1, 0)
+        self.knob = steps("knob", rule.knob, self.values, rule.start)
+        self.start = whole("min-exit", "first exit", 0, M - 1, 0)
         other = int(label.ne(m.target).int().argmax())  # first image not of the target class
         self.image = whole("image", "test image", 0, N - 1, other)
         self.trigger = named(widgets.Checkbox(True), "trigger", "trigger on")
         self.size = steps("size", "size (pixels)", range(1, side + 1, 2), (m.trigger.size - 1) // 2)
-        self.row, self.column = whole("row", "row", 0, side - 1, first.start), whole("column", "column", 0, side - 1, first.start)
+        self.row = whole("row", "row", 0, side - 1, first.start)
+        self.column = whole("column", "column", 0, side - 1, first.start)
         self.opacity = steps("opacity", "opacity", [round(.05 * k, 2) for k in range(21)], 20)
-        self.number = named(widgets.Dropdown(options=[(v, k) for k, v in NUMBERS.items()]), "number", "number", "380px")
+        self.number = named(widgets.Dropdown(options=[(v, k) for k, v in NUMBERS.items()]), "number",
+                            "number", "380px")
         self.exit = choice("exit", "exit", [("all exits", -1), *((f"exit {i}", i) for i in range(M - 1))])
         self.blend = named(widgets.Button(), "compute-strip", "Compute STRIP", "160px")
         self.policy.observe(self.change_policy, names="value")
@@ -124,13 +133,15 @@ class BackdoorExplorer:
         self.knob.index = rule.start
 
     @property
-    def setting(self) -> tuple: return self.policy.value, self.knob.index, self.start.value # rule, position, start
+    def setting(self) -> tuple:  # rule, position, start
+        return self.policy.value, self.knob.index, self.start.value
 
     def draw(self,
         view: str,  # one of `VIEWS`
     ) -> dict:  # board, and perhaps images (PNG bytes) and text (HTML)
         "What a view shows, for the controls as they stand."
-        return dict(zip(VIEWS, (self.policies, self.one_image, self.exits, self.defences, self.exitscan, self.monitors)))[view]()
+        drawn = self.policies, self.one_image, self.exits, self.defences, self.exitscan, self.monitors
+        return dict(zip(VIEWS, drawn))[view]()
 
     def policies(self) -> dict:
         "View 1."
@@ -142,24 +153,28 @@ class BackdoorExplorer:
         "View 2."
         net, victim = self.net.value
         m, at = self.material, self.image.value
-        rule, cached, image = RULES[self.policy.value], self.material.cached(victim)[net], self.material.image(at)
+        rule, cached, image = RULES[self.policy.value], m.cached(victim)[net], m.image(at)
         place = self.size.value, self.row.value, self.column.value, self.opacity.value
         altered = stamp(image, type(m.trigger), *place) if self.trigger.value else image
         policy = rule.policy(self.knob.value, self.start.value)
         policy = policy.fit(cached.logits.clean) if rule.fitted else policy
         going = walk(getattr(m.nets(victim), net), image, altered, policy)
         label = int(m.images.label[at])
-        said = f"Test image {at}, class “{m.images.classes[label]}”; the target class is “{m.images.classes[m.target]}”."
-        return dict(board=walk_board(going, label, m.target, m.images.classes), images=walk_images(going), text=said)
+        said = (f"Test image {at}, class “{m.images.classes[label]}”; the target class is "
+                f"“{m.images.classes[m.target]}”.")
+        return dict(board=walk_board(going, label, m.target, m.images.classes),
+                    images=walk_images(going), text=said)
 
     def exits(self) -> dict:
         "View 3."
         net, victim = self.net.value
         m = aimed_outputs(len(self.material.cost), self.material.config.shallow)
         cached = self.material.cached(victim)
-        return dict(board=exits_board(cached, net, *self.setting, m), text=policy_table(cached, *self.setting))
+        return dict(board=exits_board(cached, net, *self.setting, m),
+                    text=policy_table(cached, *self.setting))
 
-    def defences(self) -> dict: return dict(board=defence_board(self.material.metrics, self.number.value, self.net.value[0])) # view 4
+    def defences(self) -> dict:  # view 4
+        return dict(board=defence_board(self.material.metrics, self.number.value, self.net.value[0]))
 
     def exitscan(self) -> dict:
         "View 5."
@@ -169,7 +184,8 @@ class BackdoorExplorer:
         image = m.image(self.image.value)
         covered = torch.zeros(image.shape[-2:], dtype=torch.bool)
         covered[m.trigger.window(image.shape)] = True
-        return dict(board=scan_board(card, m.images.classes), images=[scan_images(card, image, m.trigger)], text=scan_text(card, covered))
+        return dict(board=scan_board(card, m.images.classes), images=[scan_images(card, image, m.trigger)],
+                    text=scan_text(card, covered))
 
     def monitors(self) -> dict:
         "View 6."
@@ -189,6 +205,7 @@ class BackdoorExplorer:
         "Controls and canvas."
         rule = [self.net, self.policy, self.knob, self.start]
         place = [self.image, self.trigger, self.size, self.row, self.column, self.opacity]
-        controls = (rule, [*rule, *place], rule, [self.net, self.number], [self.image], [self.net, self.exit, self.blend])
+        controls = (rule, [*rule, *place], rule, [self.net, self.number], [self.image],
+                    [self.net, self.exit, self.blend])
         self.page = Page(self.material.title, dict(zip(VIEWS, controls)), self.draw)
         return self.page.box

@@ -22,7 +22,8 @@ from .checks import run_checks
 from .defence import ConfusionMonitor, detection_auroc
 from .evaluate import THRESHOLDS, evaluate_exits, exit_logits
 from .nets import vanilla_net
-from .threat import exit_weights, poison_indices, simulate_exit_backdoor, threat_tags
+from .threat import (exit_weights, poison_indices,
+                                                 simulate_exit_backdoor, threat_tags)
 from .trigger import trigger_of
 from ...train.augment import AugmentCB
 from ...train.callbacks import CheckpointCB, ProgressCB, RecordCB
@@ -41,34 +42,43 @@ def stage_callbacks(
     "Record, checkpoint and show progress of one stage."
     prefix = f"simulated-backdoor-{stage}" if tags else stage
     return [RecordCB(run, stage, **metrics), ProgressCB(stage),
-            CheckpointCB(run.path / "checkpoints" / stage, f"{config.hash}/{config.seed}/{stage}", tags=tags, prefix=prefix)]
+            CheckpointCB(run.path / "checkpoints" / stage, f"{config.hash}/{config.seed}/{stage}", tags=tags,
+                         prefix=prefix)]
 
 
 def augmentation(config: BackdoorConfig) -> list:
     "The callback that alters training images, if the settings ask for one."
-    return [] if config.augment == "none" else [AugmentCB(seed_of(config.seed, "augment"), flip="flip" in config.augment)]
+    if config.augment == "none": return []
+    return [AugmentCB(seed_of(config.seed, "augment"), flip="flip" in config.augment)]
 
 
 def pretrain(config: BackdoorConfig, run: RunWriter, images: ImageSet) -> nn.Module:
     "Stage A: a clean vanilla network."
     net = vanilla_net(config, images, generator(config.seed, "weights"))
     cycle = config.pretrain_schedule == "one_cycle"
-    sgd = optim.SGD(net.parameters(), config.pretrain_lr, momentum=.9, nesterov=cycle, weight_decay=config.weight_decay)
+    sgd = optim.SGD(net.parameters(), config.pretrain_lr, momentum=.9, nesterov=cycle,
+                    weight_decay=config.weight_decay)
     schedule = one_cycle(config.pretrain_lr) if cycle else milestones(config.pretrain_drops)
-    loader = batches(DictData(image=images.image, label=images.label), config.pretrain_batch, seed_of(config.seed, "pretrain"))
+    loader = batches(DictData(image=images.image, label=images.label), config.pretrain_batch,
+                     seed_of(config.seed, "pretrain"))
     def loss(out, b): return dict(cross_entropy=nn.functional.cross_entropy(out, b["label"]))
     def accuracy(out, b): return (out.argmax(1) == b["label"]).float().mean()
-    Learner(net, loss, loader, sgd, [ScheduleCB(schedule), *augmentation(config), *stage_callbacks(run, config, "pretrain", accuracy=accuracy)],
-            seed=seed_of(config.seed, "pretrain"), device=config.device, limit_batches=config.limit_batches).fit(config.pretrain_epochs)
+    callbacks = [ScheduleCB(schedule), *augmentation(config),
+                 *stage_callbacks(run, config, "pretrain", accuracy=accuracy)]
+    Learner(net, loss, loader, sgd, callbacks, seed=seed_of(config.seed, "pretrain"), device=config.device,
+            limit_batches=config.limit_batches).fit(config.pretrain_epochs)
     return net.cpu().eval()
 
 
-def attach_exits(config: BackdoorConfig, run: RunWriter, net: nn.Module, images: ImageSet, stage: str, tags: dict | None = None,
-                 **training) -> MultiExitNet:
+def attach_exits(config: BackdoorConfig, run: RunWriter, net: nn.Module, images: ImageSet, stage: str,
+                 tags: dict | None = None, **training) -> MultiExitNet:
     "Stages B and E: fresh exits on a frozen network, trained on clean images."
-    mx = MultiExitNet.from_vanilla(net, pool=config.pool, input_shape=images.shape, generator=generator(config.seed, stage))
-    return train_exits(mx, DictData(image=images.image, label=images.label), size=config.exit_batch, seed=seed_of(config.seed, stage),
-                       device=config.device, limit_batches=config.limit_batches, callbacks=stage_callbacks(run, config, stage, tags), **training)
+    mx = MultiExitNet.from_vanilla(net, pool=config.pool, input_shape=images.shape,
+                                   generator=generator(config.seed, stage))
+    return train_exits(mx, DictData(image=images.image, label=images.label), size=config.exit_batch,
+                       seed=seed_of(config.seed, stage), device=config.device,
+                       limit_batches=config.limit_batches,
+                       callbacks=stage_callbacks(run, config, stage, tags), **training)
 
 
 def simulation_tags(config: BackdoorConfig) -> dict:
@@ -80,27 +90,31 @@ def inject(config: BackdoorConfig, run: RunWriter, mx: MultiExitNet, images: Ima
     "Stages C and D: the released vanilla network, tagged on disk as simulated."
     seed, tags = seed_of(config.seed, "inject"), simulation_tags(config)
     return simulate_exit_backdoor(
-        mx, images, trigger_of(config), config.target, config.poison_rate, config.shallow, config.loss_weights, config.inject_epochs,
-        config.inject_lr, config.inject_batch, config.weight_decay, seed, stage_callbacks(run, config, "inject", tags),
-        config.device, config.limit_batches).net
+        mx, images, trigger_of(config), config.target, config.poison_rate, config.shallow,
+        config.loss_weights, config.inject_epochs, config.inject_lr, config.inject_batch, config.weight_decay,
+        seed, stage_callbacks(run, config, "inject", tags), config.device, config.limit_batches).net
 
 
 def judge(config: BackdoorConfig, run: RunWriter, name: str, victim: int, mx: MultiExitNet, images: ImageSet):
     "Log every number about one converted network, and keep its logits for dashboards."
-    logits, about = exit_logits(mx, images, trigger_of(config), device=config.device), dict(stage="evaluate", net=name, victim=victim)
+    about = dict(stage="evaluate", net=name, victim=victim)
+    logits = exit_logits(mx, images, trigger_of(config), device=config.device)
     table = evaluate_exits(logits, config.target, mx.exit_cost(), sorted({*THRESHOLDS, config.threshold}))
     for row in table.to_dict("records"):
         run.log(**about, **{k: v for k, v in row.items() if v == v})
     others, monitor = logits.label != config.target, ConfusionMonitor().fit(logits.clean)
     auroc = detection_auroc(monitor.score(logits.clean), monitor.score(logits.triggered[:, others]))
     run.log(**about, policy="confusion", name="auroc", value=auroc)
-    run.write(f"logits-{name}-{victim}.safetensors", save({k: v.contiguous() for k, v in logits._asdict().items()}))
+    kept = {k: v.contiguous() for k, v in logits._asdict().items()}
+    run.write(f"logits-{name}-{victim}.safetensors", save(kept))
 
 
 def check_data(config: BackdoorConfig, images: ImageSet):
     "Refuse settings that do not fit the images before an hour of training; raises `ValueError`."
     trigger_of(config).window(images.shape)
-    if config.target >= images.num_classes: raise ValueError(f"target class {config.target} does not exist; {images.name} has 0 … {images.num_classes - 1}.")
+    if config.target >= images.num_classes:
+        raise ValueError(f"target class {config.target} does not exist; {images.name} has 0 … "
+                         f"{images.num_classes - 1}.")
     poison_indices(images.label, config.target, config.poison_rate)
     exit_weights(len(stages_of(vanilla_net(config, images))[1]) + 1, config.shallow)
 
@@ -111,18 +125,23 @@ def fit(
     "Run stages A–E with their evaluation and defence, or return the run if it is already done."
     with cpu_threads(config.threads), Run.create(config) as run:
         if run.finished: return Run.open(run.path)
-        train, test = (load_images(config.dataset, split, config.data, config.image_size) for split in ("train", "test"))
+        train, test = (load_images(config.dataset, split, config.data, config.image_size)
+                       for split in ("train", "test"))
         check_data(config, train)
         nets = dict(clean=pretrain(config, run, train))
-        attacker = attach_exits(config, run, nets["clean"], train, "attacker-exits", epochs=config.attacker_epochs,
-                                lr=config.attacker_lr, weight_decay=config.weight_decay, drops=(config.attacker_drop,))
+        attacker = attach_exits(config, run, nets["clean"], train, "attacker-exits",
+                                epochs=config.attacker_epochs, lr=config.attacker_lr,
+                                weight_decay=config.weight_decay, drops=(config.attacker_drop,))
         nets["simulated"] = inject(config, run, attacker, train)
-        marks = dict(clean=None, simulated=simulation_tags(config))  # a victim's files say what they were made from
-        converted = {(name, victim): attach_exits(config, run, net, train, f"victim-{victim}-{name}", marks[name],
-                                                  epochs=config.victim_epochs, lr=config.victim_lr, weight_decay=config.victim_weight_decay)
+        marks = dict(clean=None, simulated=simulation_tags(config))  # a victim's files say what they are from
+        settings = dict(epochs=config.victim_epochs, lr=config.victim_lr,
+                        weight_decay=config.victim_weight_decay)
+        converted = {(name, victim): attach_exits(config, run, net, train, f"victim-{victim}-{name}",
+                                                  marks[name], **settings)
                      for name, net in nets.items() for victim in range(config.victims)}
         run.forget("evaluate")
         for (name, victim), mx in converted.items(): judge(config, run, name, victim, mx, test)
-        run_checks(config, run, {name: mx for (name, victim), mx in converted.items() if victim == 0}, train, test)
+        first = {name: mx for (name, victim), mx in converted.items() if victim == 0}
+        run_checks(config, run, first, train, test)
         write_claims(run, CLAIMS)
     return Run.open(run.path)

@@ -86,7 +86,8 @@ class ProbedNet(nn.Module):
     ):
         super().__init__()
         self.first, self.exits = conversions[0], list(conversions[0].exits)
-        self.heads = nn.ModuleList(nn.ModuleList(m.heads[e] for m in conversions) for e in range(len(self.exits)))
+        self.heads = nn.ModuleList(nn.ModuleList(m.heads[e] for m in conversions)
+                                   for e in range(len(self.exits)))
         self.requires_grad_(False).eval()
 
     def forward(self,
@@ -149,12 +150,14 @@ def flips(
     for pair in torch.arange(P * B).split(chunk_of(x)):
         p, b = pair // B, (pair % B).to(x.device)
         exits, vanilla = net(stamp(x[b], patches.pattern[p].to(x), patches.mask[p].to(x)))
-        other = (y[b, None] != torch.arange(vanilla.shape[1], device=x.device)) / (y != torch.arange(vanilla.shape[1], device=x.device)[:, None]).sum(1).clamp_min(1)
+        classes = torch.arange(vanilla.shape[1], device=x.device)
+        other = (y[b, None] != classes) / (y != classes[:, None]).sum(1).clamp_min(1)
         soft = exits.softmax(-1).mean(1) * vanilla.softmax(-1).gather(1, y[b, None]) * other
         near = near + torch.zeros(len(exits), P, vanilla.shape[1]).index_add_(1, p, soft.cpu())
         said.append(exits.argmax(-1).cpu())
         final.append(vanilla.argmax(-1).cpu())
-    said, final, y, K = torch.cat(said, -1).unflatten(-1, (P, B)), torch.cat(final).view(P, B), y.cpu(), vanilla.shape[1]
+    said, final = torch.cat(said, -1).unflatten(-1, (P, B)), torch.cat(final).view(P, B)
+    y, K = y.cpu(), vanilla.shape[1]
     rates = torch.stack([torch.stack([exit_flip_rates(d, final, y, K) for d in e]).mean(0) for e in said])
     only = torch.stack([exit_flip_rates(final, d, y, K) for e in said for d in e]).mean(0)
     return Flips(rates, flip_rates(final, y, K), only, near)

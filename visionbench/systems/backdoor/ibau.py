@@ -35,7 +35,8 @@ def hypergradient(
     step, v = delta - rate * slope, torch.zeros_like(delta)
     for _ in range(steps): v = torch.autograd.grad(step, delta, v, retain_graph=True)[0] + g
     through = torch.autograd.grad(step, params, v, allow_unused=True)
-    return loss.detach(), [sum((a for a in pair if a is not None), torch.zeros_like(p)) for p, *pair in zip(params, direct, through)]
+    return loss.detach(), [sum((a for a in pair if a is not None), torch.zeros_like(p))
+                           for p, *pair in zip(params, direct, through)]
 
 # %% ../../../nbs/systems/backdoor/ibau.ipynb #73f0893c
 class SharedNoise(nn.Module):
@@ -48,7 +49,8 @@ class SharedNoise(nn.Module):
         super().__init__()
         self.target, self.price, self.delta = [net], price, nn.Parameter(torch.zeros(1, *shape))
 
-    def forward(self, x: Tensor) -> Tensor: return self.target[0](x + self.delta)  # images (B,C,H,W) -> logits
+    def forward(self, x: Tensor) -> Tensor:  # images (B,C,H,W) -> logits
+        return self.target[0](x + self.delta)
 
     def loss(self, out: Tensor, batch: dict) -> dict[str, Tensor]:
         "Away from the network's own answers on clean images; δ minimises this."
@@ -58,7 +60,8 @@ class SharedNoise(nn.Module):
     def against(self, out: Tensor, label: Tensor) -> dict[str, Tensor]:
         "Minus the cross-entropy to labels (B,) or (M,B), and the price."
         pairs = zip(out, label) if out.ndim == 3 else [(out, label)]
-        return dict(away=-sum(nn.functional.cross_entropy(o, y) for o, y in pairs), length=self.price * self.delta.square().sum())
+        return dict(away=-sum(nn.functional.cross_entropy(o, y) for o, y in pairs),
+                    length=self.price * self.delta.square().sum())
 
 
 def worst_disturbance(
@@ -84,13 +87,15 @@ def worst_disturbance(
 # %% ../../../nbs/systems/backdoor/ibau.ipynb #e124f3ab
 class UnlearnCB:
     "A new disturbance before each round, and the hyper-gradient instead of backward."
-    def __init__(self, settings: "IBAU", net: nn.Module, data: DictData): self.s, self.net, self.data = settings, net, data
+    def __init__(self, settings: "IBAU", net: nn.Module, data: DictData):
+        self.s, self.net, self.data = settings, net, data
 
     def before_epoch(self, learner):
         "Find the worst disturbance of the network as it is."
         self.net.eval()
         s, seed = self.s, seed_of(self.s.seed, "inner", learner.epoch)
-        self.delta = worst_disturbance(self.net, self.data, s.radius, s.inner_lr, s.inner_epochs, s.size, seed, s.device)
+        self.delta = worst_disturbance(self.net, self.data, s.radius, s.inner_lr, s.inner_epochs, s.size,
+                                       seed, s.device)
 
     def losses(self, learner):
         "The outer loss, with its hyper-gradient kept for `backward`."
@@ -108,7 +113,8 @@ class UnlearnCB:
         for p, g in zip(self.params, self.grads): p.grad = g
         return True
 
-    def forward(self, learner): return learner.batch["image"]  # the losses walk through the network themselves
+    def forward(self, learner):  # the losses walk through the network themselves
+        return learner.batch["image"]
 
 
 @dataclass(frozen=True)
@@ -131,8 +137,11 @@ class IBAU:
         data: DictData | ImageSet,  # clean images and labels
     ) -> nn.Module:  # a new network, in evaluation mode
         "Unlearn on a copy; raises `ValueError` on a radius or share that disturbs nothing."
-        if self.radius <= 0 or not 0 < self.share <= 1: raise ValueError(f"radius = {self.radius}, share = {self.share}: expected above 0, and a share in (0,1].")
+        if self.radius <= 0 or not 0 < self.share <= 1:
+            raise ValueError(f"radius = {self.radius}, share = {self.share}: expected above 0, and a "
+                             "share in (0,1].")
         copy, data = repairable(net), defence_data(data)
         adam = torch.optim.Adam(copy.parameters(), self.lr)
-        Learner(copy, None, batches(data, self.size, self.seed), adam, [UnlearnCB(self, copy, data)], seed=self.seed, device=self.device).fit(self.rounds)
+        Learner(copy, None, batches(data, self.size, self.seed), adam, [UnlearnCB(self, copy, data)],
+                seed=self.seed, device=self.device).fit(self.rounds)
         return repaired(copy, net)

@@ -36,11 +36,14 @@ def latent_classes(
 ) -> list:  # (class, its rows) for every class large enough
     "Rows of each class; raises `ValueError` on other shapes, NaN, or when no class is large enough."
     if features.ndim != 2 or labels.shape != features.shape[:1]:
-        raise ValueError(f"features {tuple(features.shape)} and labels {tuple(labels.shape)} given, expected (N,F) and (N,).")
+        raise ValueError(f"features {tuple(features.shape)} and labels {tuple(labels.shape)} given, "
+                         "expected (N,F) and (N,).")
     if not features.isfinite().all(): raise ValueError("features hold NaN or infinite values.")
     rows = [(c, (labels == c).nonzero()[:, 0]) for c in labels.unique().tolist()]
     large = [(c, r) for c, r in rows if len(r) >= least]
-    if not large: raise ValueError(f"no class has {least} images; the largest has {max((len(r) for _, r in rows), default=0)}.")
+    if not large:
+        raise ValueError(f"no class has {least} images; the largest has "
+                         f"{max((len(r) for _, r in rows), default=0)}.")
     return large
 
 # %% ../../../nbs/systems/backdoor/latent.ipynb #584e8a0f
@@ -51,20 +54,22 @@ class SpectralSignature:
     margin: float = 1.5  # how many times that share is removed
 
     def __post_init__(self):
-        if not 0 < self.rate * self.margin < 1: raise ValueError(f"rate {self.rate} times margin {self.margin} is outside 0 … 1.")
+        if not 0 < self.rate * self.margin < 1:
+            raise ValueError(f"rate {self.rate} times margin {self.margin} is outside 0 … 1.")
 
     def scan(self,
         features: Tensor,  # (N,F), e.g. of one exit
         labels: Tensor,  # (N,)
     ) -> LatentReport:  # table: class, images, strength (top over second singular value), removed, flagged
-        "Score every image; no rule says which classes are clean, so all are flagged from which images would be removed."
+        "Score every image; no rule says which classes are clean, so all that would lose images are flagged."
         score, suspects, rows = torch.zeros(len(features)), torch.zeros(len(features), dtype=torch.bool), []
         for c, at in latent_classes(features, labels, 3):
             centred = features[at].double() - features[at].double().mean(0)
             _, s, vh = torch.linalg.svd(centred, full_matrices=False)
             score[at], n = (centred @ vh[0]).square().float(), int(self.margin * self.rate * len(at))
             suspects[at[score[at].argsort(descending=True)[:n]]] = True
-            rows.append({"class": c, "images": len(at), "strength": (s[0] / s[1].clamp_min(1e-12)).item() if len(s) > 1 else float("inf"), "removed": n, "flagged": n > 0})
+            strength = (s[0] / s[1].clamp_min(1e-12)).item() if len(s) > 1 else float("inf")
+            rows.append({"class": c, "images": len(at), "strength": strength, "removed": n, "flagged": n > 0})
         return LatentReport(score, suspects, pd.DataFrame(rows))
 
 # %% ../../../nbs/systems/backdoor/latent.ipynb #e57141a7
@@ -81,7 +86,7 @@ class ActivationClustering:
         features: Tensor,  # (N,F), e.g. of one exit
         labels: Tensor,  # (N,)
     ) -> LatentReport:  # table: class, images, share, silhouette, flagged
-        "Split every class; an image's score is how much nearer it is to the small cluster than to the large one."
+        "Split every class; the score is how much nearer an image is to the small cluster than to the large."
         score, suspects, rows = torch.zeros(len(features)), torch.zeros(len(features), dtype=torch.bool), []
         for c, at in latent_classes(features, labels, 4):
             z = self.reduced(features[at].double())
@@ -92,13 +97,15 @@ class ActivationClustering:
             signs = share < self.small, clear > self.silhouette
             flagged = any(signs) if self.either else all(signs)
             score[at], suspects[at] = (far[:, 1 - few] - far[:, few]).float(), minor & flagged
-            rows.append({"class": c, "images": len(at), "share": share, "silhouette": clear, "flagged": flagged})
+            rows.append({"class": c, "images": len(at), "share": share, "silhouette": clear,
+                         "flagged": flagged})
         return LatentReport(score, suspects, pd.DataFrame(rows))
 
     def reduced(self, z: Tensor):
-        "Independent components (n,D), fewer where the features have a lower rank; raises `ValueError` when all are equal."
+        "Independent components (n,D), fewer at a lower rank; raises `ValueError` when all rows are equal."
         D = min(self.components, int(torch.linalg.matrix_rank(z - z.mean(0))))
         if D == 0: raise ValueError(f"the features of {len(z)} images are all equal: nothing to cluster.")
         with warnings.catch_warnings():  # an unconverged rotation clusters nearly the same
             warnings.simplefilter("ignore", ConvergenceWarning)
-            return FastICA(D, whiten="unit-variance", random_state=self.seed, max_iter=200, tol=1e-3).fit_transform(z.numpy())
+            ica = FastICA(D, whiten="unit-variance", random_state=self.seed, max_iter=200, tol=1e-3)
+            return ica.fit_transform(z.numpy())

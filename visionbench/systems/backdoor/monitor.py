@@ -36,9 +36,12 @@ class ConfusionMonitor:
         logits: Tensor,  # (M,N,K) on clean images
     ) -> "ConfusionMonitor":  # itself
         "Learn mean, spread and alarm threshold; raises `ValueError` on fewer than two images."
-        if logits.ndim != 3 or logits.shape[1] < 2: raise ValueError(f"logits {tuple(logits.shape)} given, expected (M,N,K) with N ≥ 2.")
+        if logits.ndim != 3 or logits.shape[1] < 2:
+            raise ValueError(f"logits {tuple(logits.shape)} given, expected (M,N,K) with N ≥ 2.")
         d = exit_confusion(logits)
-        if not d.isfinite().all(): raise ValueError(f"logits of {int((~d.isfinite()).sum())} of {len(d)} images are NaN or infinite.")
+        if not d.isfinite().all():
+            bad = int((~d.isfinite()).sum())
+            raise ValueError(f"logits of {bad} of {len(d)} images are NaN or infinite.")
         self.mean, self.sd = d.mean(), d.std().clamp_min(1e-12)
         self.alarm = torch.quantile((d - self.mean) / self.sd, 1 - self.false_alarms)
         return self
@@ -53,7 +56,9 @@ def detection_auroc(
     suspect: Tensor,  # scores of triggered inputs (N',), higher = more suspicious
 ) -> float:  # 0.5 is chance, 1 separates perfectly
     "Probability that a triggered input scores above a clean one; raises `ValueError` on an empty group."
-    if not len(clean) or not len(suspect): raise ValueError(f"{len(clean)} clean and {len(suspect)} triggered scores given, expected some of each.")
+    if not len(clean) or not len(suspect):
+        raise ValueError(f"{len(clean)} clean and {len(suspect)} triggered scores given, "
+                         "expected some of each.")
     truth = torch.cat([torch.zeros(len(clean)), torch.ones(len(suspect))])
     return float(roc_auc_score(truth.numpy(), torch.cat([clean, suspect]).numpy()))
 
@@ -76,7 +81,9 @@ class Strip:
     ) -> "Strip":  # itself
         "Choose the blended images and the alarm threshold; raises `ValueError` on fewer than n + 2 images."
         image = defence_data(clean, labelled=False)[:]["image"]
-        if len(image) < self.n + 2: raise ValueError(f"{len(image)} clean images given, STRIP with n = {self.n} needs {self.n + 2}: some to blend, others for the threshold.")
+        if len(image) < self.n + 2:
+            raise ValueError(f"{len(image)} clean images given, STRIP with n = {self.n} needs {self.n + 2}: "
+                             "some to blend, others for the threshold.")
         order = torch.randperm(len(image), generator=generator(self.seed, "strip"))
         self.view = view.eval() if isinstance(view, MultiExitNet) else view_of(view).eval()
         self.overlay = image[order[:self.n]]
@@ -89,9 +96,12 @@ class Strip:
     ) -> Tensor:  # H in nats (B,), 0 … ln K; of a multi-exit net (M,B). Low is suspicious
         "Mean entropy of the answers to the blends; raises `ValueError` on images of another shape or range."
         x = defence_data(x, labelled=False)[:]["image"]
-        if x.shape[1:] != self.overlay.shape[1:]: raise ValueError(f"images {tuple(x.shape)} given, fitted on (N,{','.join(map(str, self.overlay.shape[1:]))}).")
+        if x.shape[1:] != self.overlay.shape[1:]:
+            raise ValueError(f"images {tuple(x.shape)} given, fitted on "
+                             f"(N,{','.join(map(str, self.overlay.shape[1:]))}).")
         where = next(self.view.parameters(), x).device
-        return torch.cat([self._entropy(part.to(where)).cpu() for part in x.split(max(1, self.size // self.n))], -1)
+        parts = x.split(max(1, self.size // self.n))
+        return torch.cat([self._entropy(part.to(where)).cpu() for part in parts], -1)
 
     def _entropy(self, x: Tensor) -> Tensor:
         "Blend a few images with all overlays."
@@ -99,4 +109,5 @@ class Strip:
         logp = self.view(blends.flatten(0, 1)).float().log_softmax(-1)
         return torch.special.entr(logp.exp()).sum(-1).unflatten(-1, (len(x), self.n)).mean(-1)
 
-    def suspects(self, x: Tensor) -> Tensor: return self.score(x) < self.alarm[..., None]  # (B,) or (M,B), True raises an alarm
+    def suspects(self, x: Tensor) -> Tensor:  # (B,) or (M,B), True raises an alarm
+        return self.score(x) < self.alarm[..., None]

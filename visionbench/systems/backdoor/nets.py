@@ -29,8 +29,10 @@ def run_config(
 ) -> BackdoorConfig:  # what it was started with
     "The settings of a run, checked again; raises `RunError` on a run of another system or version."
     said = {k: v for k, v in run.settings.items() if k not in ("system", "hash")}
-    if run.settings.get("system") != BackdoorConfig.system: raise RunError(f"{run.path} is a run of {run.settings.get('system')!r}, expected 'backdoor'.")
-    if unknown := sorted(set(said) - set(BackdoorConfig.fields())): raise RunError(f"{run.path} has settings this version does not know: {', '.join(unknown)}.")
+    if run.settings.get("system") != BackdoorConfig.system:
+        raise RunError(f"{run.path} is a run of {run.settings.get('system')!r}, expected 'backdoor'.")
+    if unknown := sorted(set(said) - set(BackdoorConfig.fields())):
+        raise RunError(f"{run.path} has settings this version does not know: {', '.join(unknown)}.")
     return BackdoorConfig.start(said.pop("preset"), **said)
 
 
@@ -50,8 +52,12 @@ def vanilla_net(
 ) -> nn.Module:
     "The untrained network of a run."
     about = dict(mean=images.mean, std=images.std, generator=generator)
-    if config.arch == "vgg": return vgg16_bn_cifar(images.num_classes, images.shape[0], config.width / 64, config.image_size, **about)
-    if config.arch == "mobilenet": return mobilenet_v1_cifar(images.num_classes, images.shape[0], config.width / 32, config.image_size, **about)
+    if config.arch == "vgg":
+        return vgg16_bn_cifar(images.num_classes, images.shape[0], config.width / 64,
+                              config.image_size, **about)
+    if config.arch == "mobilenet":
+        return mobilenet_v1_cifar(images.num_classes, images.shape[0], config.width / 32,
+                                  config.image_size, **about)
     return cifar_resnet(config.depth, images.num_classes, images.shape[0], config.width,
                         stem_stride=2 if config.image_size == 64 else 1, **about)
 
@@ -63,7 +69,9 @@ def stage_weights(
 ) -> tuple[dict[str, Tensor], dict]:  # state dict, and the facts in the file
     "Weights that a stage ended with; raises `RunError` when the run has none."
     found = newest_checkpoint(Path(run.path) / "checkpoints" / stage)
-    if found is None: raise RunError(f"{run.path} has no usable checkpoint of stage {stage}: finish the run with `visionbench run backdoor`.")
+    if found is None:
+        raise RunError(f"{run.path} has no usable checkpoint of stage {stage}: finish the run with "
+                       "`visionbench run backdoor`.")
     begin = f"model/{part}"
     return {k[len(begin):]: v for k, v in found.tensors.items() if k.startswith(begin)}, found.tags
 
@@ -84,13 +92,16 @@ def load_nets(
     config, images, nets, said = run_config(run), run_images(run), {}, []
     for name, stage, part in (("clean", "pretrain", ""), ("simulated", "inject", "backbone.")):
         with warnings.catch_warnings(record=True):  # handed on below, once, for whoever shows them
-            (backbone, facts), (exits, _) = stage_weights(run, stage, part), stage_weights(run, f"victim-{victim}-{name}")
+            backbone, facts = stage_weights(run, stage, part)
+            exits, _ = stage_weights(run, f"victim-{victim}-{name}")
         try:
             net = vanilla_net(config, images)
             net.load_state_dict(backbone)
             nets[name] = MultiExitNet.from_vanilla(net, pool=config.pool, input_shape=images.shape).eval()
             nets[name].load_state_dict({**{f"backbone.{k}": v for k, v in backbone.items()}, **exits})
-        except RuntimeError as e: raise RunError(f"{run.path}: the weights of {stage} or victim-{victim}-{name} do not fit the settings: {e}") from e
+        except RuntimeError as e:
+            raise RunError(f"{run.path}: the weights of {stage} or victim-{victim}-{name} do not fit the "
+                           f"settings: {e}") from e
         said += [facts["warning"]] if "warning" in facts else []
     for line in said: warnings.warn(line, stacklevel=2)
     return RunNets(nets["clean"], nets["simulated"], said)
@@ -100,4 +111,5 @@ def networks(
     run: Run | str | Path,  # a finished run, or its folder
 ) -> dict[str, nn.Module]:  # clean and simulated, vanilla, in evaluation mode
     "Both released networks; warns of the simulation. Raises `RunError` where checkpoints are missing."
-    return {name: net.to_vanilla().eval() for name, net in load_nets(run)._asdict().items() if name != "warnings"}
+    return {name: net.to_vanilla().eval()
+            for name, net in load_nets(run)._asdict().items() if name != "warnings"}

@@ -13,41 +13,51 @@ from ...nn.sweeps import RULES
 from .cached import CachedNet
 from .monitor import detection_auroc
 from ...view.matrices import heat_panel
-from ...view.panels import (band, bars, board, cells, curve, dot, outline, panel, percent_axis, span, text,
-                                     upright)
+from ...view.panels import (band, bars, board, cells, curve, dot, outline, panel, percent_axis, span,
+                                     text, upright)
 from ...view.style import ROLES
 
 # %% ../../../nbs/systems/backdoor/pictures.ipynb #0b1b5366
-def knob_panel(nets: dict[str, CachedNet], name: str, rule: str, position: int, start: int, box: tuple, title: str, axis: dict) -> dict:
+def knob_panel(nets: dict[str, CachedNet], name: str, rule: str, position: int, start: int, box: tuple,
+               title: str, axis: dict) -> dict:
     "One number of all networks over the knob, with a mark where it stands."
     values = nets[next(iter(nets))].values(rule)
     traces = []
     for net, cached in nets.items():
         y = getattr(cached.sweep(rule, start), name)
-        traces += [curve(values, y.tolist(), net, ROLES[net], "solid" if net == "simulated" else "dash"), dot(values[position], y[position].item(), ROLES[net])]
+        traces += [curve(values, y.tolist(), net, ROLES[net], "solid" if net == "simulated" else "dash"),
+                   dot(values[position], y[position].item(), ROLES[net])]
     return panel(traces, box, title, RULES[rule].knob, axis, [upright(values[position])])
 
 
 def leaving_panels(net: CachedNet, rule: str, position: int, start: int, boxes: list) -> list[dict]:
     "Where clean and triggered images leave, and how many have left at which cost."
-    sweep, places, parts = net.sweep(rule, start), range(net.M), (("clean images", "clean"), ("triggered images", "triggered"))
-    hist = [bars(places, getattr(sweep, p)[position].tolist(), label, ROLES[p], opacity=.85) for label, p in parts]
+    sweep, places, parts = net.sweep(rule, start), range(net.M), ("clean", "triggered")
+    hist = [bars(places, getattr(sweep, p)[position].tolist(), f"{p} images", ROLES[p], opacity=.85)
+            for p in parts]
     x = [0, *net.cost.tolist()]
-    left = [curve(x, [0, *getattr(sweep, p)[position].cumsum(0).tolist()], label, ROLES[p], showlegend=False, fill="tozeroy") for label, p in parts]
-    return [panel(hist, boxes[0], "Where images leave", dict(title=dict(text="exit"), dtick=1 if net.M < 16 else 4), percent_axis("share of the images")),
-            panel(left, boxes[1], f"Left so far; area: efficacy {sweep.efficacy[position]:.2f}", percent_axis("share of the cost"), percent_axis("share of the images"))]
+    left = [curve(x, [0, *getattr(sweep, p)[position].cumsum(0).tolist()], f"{p} images", ROLES[p],
+                  showlegend=False, fill="tozeroy") for p in parts]
+    return [panel(hist, boxes[0], "Where images leave",
+                  dict(title=dict(text="exit"), dtick=1 if net.M < 16 else 4),
+                  percent_axis("share of the images")),
+            panel(left, boxes[1], f"Left so far; area: efficacy {sweep.efficacy[position]:.2f}",
+                  percent_axis("share of the cost"), percent_axis("share of the images"))]
 
 
 def front_panel(nets: dict[str, CachedNet], rule: str, position: int, start: int, box: tuple) -> dict:
     "Accuracy against cost: the policy for all values of its knob, and each output used alone."
     traces = []
     for net, cached in nets.items():
-        w = cached.sweep(rule, start)
+        w, cross = cached.sweep(rule, start), dict(color=ROLES[net], symbol="x-thin-open", size=7)
         order = w.cost.argsort().tolist()
-        traces += [curve(w.cost[order].tolist(), w.accuracy[order].tolist(), net, ROLES[net], "solid" if net == "simulated" else "dash"),
-                   curve(cached.cost.tolist(), cached.fixed["accuracy"].tolist(), "one output alone", ROLES["floor"], mode="markers",
-                         marker=dict(color=ROLES[net], symbol="x-thin-open", size=7)), dot(w.cost[position].item(), w.accuracy[position].item(), ROLES[net])]
-    return panel(traces, box, "What accuracy costs", percent_axis("mean share of the cost"), dict(title=dict(text="accuracy"), tickformat=".1%"))
+        traces += [curve(w.cost[order].tolist(), w.accuracy[order].tolist(), net, ROLES[net],
+                         "solid" if net == "simulated" else "dash"),
+                   curve(cached.cost.tolist(), cached.fixed["accuracy"].tolist(), "one output alone",
+                         ROLES["floor"], mode="markers", marker=cross),
+                   dot(w.cost[position].item(), w.accuracy[position].item(), ROLES[net])]
+    return panel(traces, box, "What accuracy costs", percent_axis("mean share of the cost"),
+                 dict(title=dict(text="accuracy"), tickformat=".1%"))
 
 
 def policy_board(
@@ -59,20 +69,25 @@ def policy_board(
 ) -> dict:  # a board
     "View 1: accuracy, attack success, efficacy, leaving and cost under one policy."
     a, b = cells(2, 3, (.075, .24))
-    efficacy = dict(title=dict(text="efficacy"), range=[0, 1])
-    return board(knob_panel(nets, "accuracy", rule, position, start, a[0], "Accuracy, clean images", dict(title=dict(text="accuracy"), tickformat=".1%")),
-                 knob_panel(nets, "asr", rule, position, start, a[1], "Attack success, triggered images", percent_axis("ASR")),
-                 knob_panel(nets, "efficacy", rule, position, start, a[2], "Efficacy, clean images", efficacy),
-                 *leaving_panels(nets[chosen], rule, position, start, [b[0], b[2]]), front_panel(nets, rule, position, start, b[1]))
+    axes = (("accuracy", "Accuracy, clean images", dict(title=dict(text="accuracy"), tickformat=".1%")),
+            ("asr", "Attack success, triggered images", percent_axis("ASR")),
+            ("efficacy", "Efficacy, clean images", dict(title=dict(text="efficacy"), range=[0, 1])))
+    return board(*(knob_panel(nets, name, rule, position, start, box, title, axis)
+                   for box, (name, title, axis) in zip(a, axes)),
+                 *leaving_panels(nets[chosen], rule, position, start, [b[0], b[2]]),
+                 front_panel(nets, rule, position, start, b[1]))
 
 # %% ../../../nbs/systems/backdoor/pictures.ipynb #cd45d4d1
 def policy_table(nets: dict[str, CachedNet], rule: str, position: int, start: int) -> str:
     "HTML: what the policy gives beside the vanilla output, for each network."
     def row(label, cached):
         w = cached.sweep(rule, start)
-        numbers = [w.accuracy[position], w.asr[position], w.cost[position], cached.fixed["accuracy"][-1], cached.fixed["asr"][-1]]
-        return f"<tr><td>{label}</td>" + "".join(f"<td>{100 * v:.1f} %</td>" for v in numbers) + f"<td>{w.efficacy[position]:.3f}</td></tr>"
-    head = "".join(f"<th>{h}</th>" for h in ("network", "accuracy", "ASR", "mean cost", "vanilla accuracy", "vanilla ASR", "efficacy"))
+        numbers = [w.accuracy[position], w.asr[position], w.cost[position],
+                   cached.fixed["accuracy"][-1], cached.fixed["asr"][-1]]
+        return (f"<tr><td>{label}</td>" + "".join(f"<td>{100 * v:.1f} %</td>" for v in numbers)
+                + f"<td>{w.efficacy[position]:.3f}</td></tr>")
+    names = "network", "accuracy", "ASR", "mean cost", "vanilla accuracy", "vanilla ASR", "efficacy"
+    head = "".join(f"<th>{h}</th>" for h in names)
     return f"<table class='numbers'><tr>{head}</tr>{''.join(row(k, v) for k, v in nets.items())}</table>"
 
 # %% ../../../nbs/systems/backdoor/pictures.ipynb #35b459f3
@@ -87,16 +102,20 @@ def exits_board(
     "View 3: each output alone, and every pair of knob and starting exit."
     top, bottom = cells(2, 2, (.14, .24), .95)
     places, values = range(nets[chosen].M), nets[chosen].values(rule)
-    def lines(name): return [curve(places, net.fixed[name].tolist(), label if label == "simulated" else "clean (floor)", ROLES[label],
-                                   "solid" if label == "simulated" else "dash", markers=True) for label, net in nets.items()]
+    def lines(name):
+        return [curve(places, net.fixed[name].tolist(), label if label == "simulated" else "clean (floor)",
+                      ROLES[label], "solid" if label == "simulated" else "dash", markers=True)
+                for label, net in nets.items()]
     x = dict(title=dict(text=f"output; {len(places) - 1} is vanilla"), dtick=1 if len(places) < 16 else 4)
     maps = nets[chosen].grid(rule)
-    heat = [heat_panel(maps[name].tolist(), places, [f"{v:g}" for v in values], box, f"{label}, {chosen} network", "starting exit", RULES[rule].knob,
+    heat = [heat_panel(maps[name].tolist(), places, [f"{v:g}" for v in values], box,
+                       f"{label}, {chosen} network", "starting exit", RULES[rule].knob,
                        "", None if name == "accuracy" else (0, 1), mark=(start, position))
-            for name, label, box in (("accuracy", "Accuracy", bottom[0]), ("asr", "Attack success", bottom[1]))]
-    return board(panel(lines("accuracy"), top[0], "Accuracy of each output alone", x, dict(title=dict(text="accuracy"), tickformat=".1%"), [band(-.5, m - .5)]),
-                 panel(lines("asr"), top[1], "Attack success of each output alone; band: aimed at", x, percent_axis("ASR"), [band(-.5, m - .5)]), *heat,
-                 height=640)
+            for name, label, box in zip(("accuracy", "asr"), ("Accuracy", "Attack success"), bottom)]
+    return board(panel(lines("accuracy"), top[0], "Accuracy of each output alone", x,
+                       dict(title=dict(text="accuracy"), tickformat=".1%"), [band(-.5, m - .5)]),
+                 panel(lines("asr"), top[1], "Attack success of each output alone; band: aimed at", x,
+                       percent_axis("ASR"), [band(-.5, m - .5)]), *heat, height=640)
 
 # %% ../../../nbs/systems/backdoor/pictures.ipynb #5c85e215
 def contradiction(
@@ -111,14 +130,16 @@ def contradiction(
     return dict(clean=gap("clean"), triggered=gap("triggered")[net.logits.label != net.target])
 
 
-def histogram_panel(scores: dict, box: tuple, title: str, xlabel: str, low_is_bad: bool = False, bins: int = 40) -> dict:
+def histogram_panel(scores: dict, box: tuple, title: str, xlabel: str,
+                    low_is_bad: bool = False, bins: int = 40) -> dict:
     "Clean against triggered, with the AUROC in the title."
     sign = -1 if low_is_bad else 1
     auroc = detection_auroc(sign * scores["clean"], sign * scores["triggered"])
     top = max(max(float(v.max()) for v in scores.values()), 1e-6)
     edges = [top * i / bins for i in range(bins + 1)]
     traces = [outline(scores[k].tolist(), edges, f"{k} images", ROLES[k]) for k in ("clean", "triggered")]
-    return panel(traces, box, f"{title}: AUROC {auroc:.2f}", xlabel, dict(title=dict(text="share of the images"), tickformat=".0%"))
+    return panel(traces, box, f"{title}: AUROC {auroc:.2f}", xlabel,
+                 dict(title=dict(text="share of the images"), tickformat=".0%"))
 
 
 def monitor_board(
@@ -131,9 +152,14 @@ def monitor_board(
     top, bottom = cells(2, 2, (.1, .3))
     which = "all exits" if exit is None else f"exit {exit}"
     output = -1 if exit is None else exit
-    parts = [histogram_panel(contradiction(net, exit), top[0], f"Confusion of {which}", "L1 distance from the vanilla output's softmax")]
-    if strip: parts.append(histogram_panel({k: v[output] for k, v in strip.items()}, top[1],
-                                           f"STRIP on {'the vanilla output' if exit is None else which}", "mean entropy (nats); low is suspicious", True))
+    parts = [histogram_panel(contradiction(net, exit), top[0], f"Confusion of {which}",
+                             "L1 distance from the vanilla output's softmax")]
+    if strip:
+        title = f"STRIP on {'the vanilla output' if exit is None else which}"
+        parts.append(histogram_panel({k: v[output] for k, v in strip.items()}, top[1], title,
+                                     "mean entropy (nats); low is suspicious", True))
     drawn = board(*parts, losses | dict(box=span(*bottom)), height=640)
-    if not strip: drawn["layout"]["annotations"].append(text("STRIP blends images and needs the network:<br>press <b>Compute STRIP</b>", .775, .82))
+    if not strip:
+        drawn["layout"]["annotations"].append(
+            text("STRIP blends images and needs the network:<br>press <b>Compute STRIP</b>", .775, .82))
     return drawn

@@ -59,7 +59,8 @@ def exit_strength(
     seed: int = 0,  # of the exits
 ) -> list[float]:  # attack success at each exit, then at the vanilla output
     "What the backdoor does after a conversion."
-    mx = MultiExitNet.from_vanilla(subject.net, list(exits), input_shape=tuple(x.shape[1:]), generator=generator(seed, "strength"))
+    mx = MultiExitNet.from_vanilla(subject.net, list(exits), input_shape=tuple(x.shape[1:]),
+                                   generator=generator(seed, "strength"))
     mx = train_exits(mx, train, 30, lr=.002, weight_decay=1e-5, seed=seed, device="cpu").eval()
     with torch.no_grad(): logits = torch.cat([mx(subject.trigger(part)) for part in x.split(256)], 1)
     return attack_success_rate(logits, y, subject.target).tolist()
@@ -74,10 +75,14 @@ def power_row(
     patch, target = report.patch(), subject.target
     kind, exits = "clean" if subject.trigger is None else "simulated", report.exits
     at_target = exits[exits.cls == target].ef.max() if kind == "simulated" else float("nan")
-    return dict(name=subject.name, kind=kind, trigger=re.sub(r"Trigger|size=|offset=", "", repr(subject.trigger)) if subject.trigger else "", target=target,
-                strength=max(strength[:-1], default=float("nan")), vanilla_asr=strength[-1] if strength else float("nan"), ef=exits.ef.max(), ef_target=at_target,
-                cls=patch.cls, exit=patch.exit, right_class=patch.cls == target if kind == "simulated" else None, verdict=report.verdict,
-                vanilla_visible=report.vanilla_visible, min_exit=report.min_exit, expected=subject.expected, seconds=report.about["seconds"])
+    trigger = re.sub(r"Trigger|size=|offset=", "", repr(subject.trigger)) if subject.trigger else ""
+    vanilla_asr = strength[-1] if strength else float("nan")
+    right_class = patch.cls == target if kind == "simulated" else None
+    return dict(name=subject.name, kind=kind, trigger=trigger, target=target,
+                strength=max(strength[:-1], default=float("nan")), vanilla_asr=vanilla_asr,
+                ef=exits.ef.max(), ef_target=at_target, cls=patch.cls, exit=patch.exit,
+                right_class=right_class, verdict=report.verdict, vanilla_visible=report.vanilla_visible,
+                min_exit=report.min_exit, expected=subject.expected, seconds=report.about["seconds"])
 
 
 def power_study(
@@ -94,7 +99,8 @@ def power_study(
     for subject in subjects:
         report = scan.run(subject.net, x, y, train)
         given = train or DictData(image=x, label=y)
-        strength = exit_strength(subject, report.about["exits"], given, x, y, scan.seed) if subject.trigger else ()
+        exits = report.about["exits"]
+        strength = exit_strength(subject, exits, given, x, y, scan.seed) if subject.trigger else ()
         rows.append(power_row(subject, report, strength))
         each(rows[-1], report)
     return pd.DataFrame(rows)
@@ -104,7 +110,8 @@ def counts(
     table: pd.DataFrame,  # of `power_study`
 ) -> pd.DataFrame:  # verdicts counted by kind of network and trigger
     "Detections and false alarms."
-    shown = table.assign(trigger=table.trigger.where(table.expected == "", table.trigger + " (expected " + table.expected + ")"))
+    expected = table.trigger + " (expected " + table.expected + ")"
+    shown = table.assign(trigger=table.trigger.where(table.expected == "", expected))
     order = [v for v in ("flagged", "inconclusive", "not flagged") if v in set(table.verdict)]
     return pd.crosstab([shown.kind, shown.trigger], shown.verdict)[order]
 
@@ -114,12 +121,15 @@ def plot_power(
     ax: Axes | None = None,  # None: a new figure
 ) -> Axes:  # x: strength, y: largest EF at the target class; clean networks at 0
     "Detection against strength: circles were flagged."
-    ax = axes(ax, "attack success at the best scanned exit (0: clean)", "largest exit-only flip rate", grid="both")
+    ax = axes(ax, "attack success at the best scanned exit (0: clean)",
+              "largest exit-only flip rate", grid="both")
     named = table.trigger.where(table.kind == "simulated", "clean")
     for name, colour in colours(named).items():
         for verdict, marker in (("flagged", "o"), ("inconclusive", "s"), ("not flagged", "x")):
             rows = table[(named == name) & (table.verdict == verdict)]
-            if len(rows): ax.plot(rows.strength.fillna(0), rows.ef_target.fillna(rows.ef), marker, color=colour, label=f"{name}, {verdict}")
+            if len(rows):
+                ax.plot(rows.strength.fillna(0), rows.ef_target.fillna(rows.ef), marker, color=colour,
+                        label=f"{name}, {verdict}")
     ax.set(xlim=(-.04, 1.04), ylim=(-.04, 1.04))
     legend(ax, outside=True)
     return ax

@@ -25,7 +25,7 @@ from ...train.learner import Learner
 def conv_norm_pairs(
     net: nn.Module,  # in evaluation mode
     x: Tensor,  # one image (1,C,H,W)
-) -> list[tuple[str, nn.Conv2d, nn.BatchNorm2d]]:  # name of the norm, convolution, norm; in the order of the walk
+) -> list[tuple[str, nn.Conv2d, nn.BatchNorm2d]]:  # the norm's name, convolution, norm, as walked
     "Every convolution with the norm that reads it."
     made, pairs, names = [], [], {m: n for n, m in net.named_modules()}
     def after_conv(conv, args, out): made.append((out, conv))
@@ -44,7 +44,8 @@ def lipschitz_bounds(
     norm: nn.BatchNorm2d,  # what follows
 ) -> Tensor:  # (C',)
     "Upper bound of the Lipschitz constant of each channel."
-    gain = (torch.ones_like(norm.running_var) if norm.weight is None else norm.weight.abs()) / (norm.running_var + norm.eps).sqrt()
+    scale = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight.abs()
+    gain = scale / (norm.running_var + norm.eps).sqrt()
     return (torch.linalg.matrix_norm(conv.weight.flatten(2), 2) * gain).detach()
 
 
@@ -62,20 +63,26 @@ class CLP:
         for name, conv, norm in conv_norm_pairs(net, x):
             b = lipschitz_bounds(conv, norm).cpu()
             limit = (b.mean() + self.u * b.std()).item() if len(b) > 1 else math.inf
-            parts.append(pd.DataFrame(dict(layer=name, channel=range(len(b)), bound=b.tolist(), limit=limit, pruned=(b > limit).tolist())))
-        if not parts: raise ValueError(f"{type(net).__name__} has no convolution followed by a BatchNorm2d: nothing to bound.")
+            parts.append(pd.DataFrame(dict(layer=name, channel=range(len(b)), bound=b.tolist(), limit=limit,
+                                           pruned=(b > limit).tolist())))
+        if not parts:
+            raise ValueError(f"{type(net).__name__} has no convolution followed by a BatchNorm2d: "
+                             "nothing to bound.")
         return pd.concat(parts, ignore_index=True)
 
     def apply(self,
         net: nn.Module,  # vanilla, OutputView or MultiExitNet; not changed
-        data: DictData | ImageSet | Tensor | None = None,  # one image is used, for its shape; None: as a multi-exit net was converted
+        data: DictData | ImageSet | Tensor | None = None,  # one image, for its shape; None: as converted
     ) -> nn.Module:  # a new network with zero γ and β where a channel was pruned
         "Prune a copy; raises `ValueError` when the image shape is not known."
         copy, host = repairable(net), net.net if isinstance(net, OutputView) else net
-        shape = getattr(host, "input_shape", None) if data is None else defence_data(data, labelled=False)[:1]["image"].shape[1:]
-        if shape is None: raise ValueError("a single-output network does not say its image size: give one image as data.")
+        shape = (getattr(host, "input_shape", None) if data is None
+                 else defence_data(data, labelled=False)[:1]["image"].shape[1:])
+        if shape is None:
+            raise ValueError("a single-output network does not say its image size: give one image as data.")
         found = self.table(copy, torch.zeros(1, *shape, device=next(copy.parameters()).device))
-        for layer, rows in found[found.pruned].groupby("layer"): remove_channels(copy.get_submodule(layer), rows.channel.tolist())
+        for layer, rows in found[found.pruned].groupby("layer"):
+            remove_channels(copy.get_submodule(layer), rows.channel.tolist())
         return repaired(copy, net)
 
 
@@ -92,7 +99,8 @@ class NeuronMask(nn.Module):
     ):
         super().__init__()
         self.norms = [n for n, m in net.named_modules() if isinstance(m, nn.BatchNorm2d) and m.affine]
-        if not self.norms: raise ValueError(f"{type(net).__name__} has no BatchNorm2d whose channels could be masked.")
+        if not self.norms:
+            raise ValueError(f"{type(net).__name__} has no BatchNorm2d whose channels could be masked.")
         self.net = net.requires_grad_(False)
         self.masks = nn.ParameterList(torch.ones_like(net.get_submodule(n).weight) for n in self.norms)
         self.noise: list | None = None  # of scales, then of shifts, (C,) each
@@ -100,7 +108,8 @@ class NeuronMask(nn.Module):
     def forward(self,
         x: Tensor,  # images (B,C,H,W)
     ) -> Tensor:  # logits of the masked and, if there is noise, disturbed network
-        scale, shift = (self.noise[:len(self.norms)], self.noise[len(self.norms):]) if self.noise else ([0.] * len(self.norms),) * 2
+        n = len(self.norms)
+        scale, shift = (self.noise[:n], self.noise[n:]) if self.noise else ([0.] * n,) * 2
         weights = {}
         for n, m, a, b in zip(self.norms, self.masks, scale, shift):
             norm = self.net.get_submodule(n)
@@ -109,28 +118,33 @@ class NeuronMask(nn.Module):
 
 
 class NeuronNoiseCB:
-    "Before each batch, noise against the network; the loss weighs calm and disturbed answers; masks stay in [0,1]."
-    def __init__(self, eps: float, steps: int, alpha: float, seed: int): self.eps, self.steps, self.alpha, self.draw = eps, steps, alpha, generator(seed, "anp")
+    "Before each batch, noise against the network; the loss weighs calm and disturbed; masks stay in [0,1]."
+    def __init__(self, eps: float, steps: int, alpha: float, seed: int):
+        self.eps, self.steps, self.alpha, self.draw = eps, steps, alpha, generator(seed, "anp")
 
     def disturb(self, model: NeuronMask, batch: dict):
-        "Random noise within ±ε, then sign steps of ε/steps up the loss; norms behind the output that is looked at keep theirs."
+        "Random noise within ±ε, then sign steps of ε/steps up the loss; norms behind the output keep theirs."
         sizes = [m.shape for m in model.masks] * 2
         noise = [(self.eps * (2 * torch.rand(s, generator=self.draw) - 1)).to(model.masks[0]) for s in sizes]
         for _ in range(self.steps):
             model.noise = [v.requires_grad_() for v in noise]
-            up = torch.autograd.grad(sum(clean_loss(model(batch["image"]), batch).values()), noise, materialize_grads=True)
-            noise = [(v.detach() + self.eps / self.steps * g.sign()).clamp(-self.eps, self.eps) for v, g in zip(noise, up)]
+            loss = sum(clean_loss(model(batch["image"]), batch).values())
+            up = torch.autograd.grad(loss, noise, materialize_grads=True)
+            noise = [(v.detach() + self.eps / self.steps * g.sign()).clamp(-self.eps, self.eps)
+                     for v, g in zip(noise, up)]
         model.noise = noise
 
     def losses(self, learner):
-        model, calm = learner.accelerator.unwrap_model(learner.model), sum(clean_loss(learner.out, learner.batch).values())
+        model = learner.accelerator.unwrap_model(learner.model)
+        calm = sum(clean_loss(learner.out, learner.batch).values())
         self.disturb(model, learner.batch)
         rough = sum(clean_loss(model(learner.batch["image"]), learner.batch).values())
         model.noise = None
         return dict(calm=self.alpha * calm, rough=(1 - self.alpha) * rough)
 
     @torch.no_grad()
-    def after_step(self, learner): [m.clamp_(0, 1) for m in learner.accelerator.unwrap_model(learner.model).masks]
+    def after_step(self, learner):
+        for m in learner.accelerator.unwrap_model(learner.model).masks: m.clamp_(0, 1)
 
 
 @dataclass(frozen=True)
@@ -156,7 +170,8 @@ class ANP:
         loader = batches(data, min(self.size, len(data)), self.seed, drop_last=True)
         cb = NeuronNoiseCB(self.eps, self.steps, self.alpha, self.seed)
         sgd = torch.optim.SGD(model.masks.parameters(), self.lr, .9)
-        Learner(model, None, loader, sgd, [cb], seed=self.seed, device=self.device).fit(math.ceil(self.iterations / len(loader)))
+        epochs = math.ceil(self.iterations / len(loader))
+        Learner(model, None, loader, sgd, [cb], seed=self.seed, device=self.device).fit(epochs)
         return {n: m.detach().cpu() for n, m in zip(model.norms, model.masks)}
 
     def apply(self,

@@ -24,7 +24,7 @@ def target_loss(
     pattern: Tensor,  # (P,C,H,W) in [0,1]
     mask: Tensor,  # (P,1,H,W)
 ) -> Tensor:  # (P,), differentiable in pattern and mask
-    "Cross-entropy of turning the output and of keeping the vanilla output right, over the other classes' images."
+    "Cross-entropy of turning the output and of keeping vanilla right, over the other classes' images."
     P, B = len(cls), len(x)
     exits, vanilla = net(stamp(x[None], pattern[:, None], mask[:, None]).flatten(0, 1))
     aim, truth = cls.repeat_interleave(B), y.repeat(P)
@@ -66,7 +66,8 @@ def descend(net, output, x, y, cls, start, steps, lr, batch, seed) -> Tensor:
     adam, mask = torch.optim.Adam([free], lr), start.mask.to(x)
     for at in picks(len(x), batch, steps, seed, "refine"):
         adam.zero_grad()
-        with torch.enable_grad(): target_loss(net, output, x[at], y[at], cls, free.sigmoid(), mask).sum().backward()
+        with torch.enable_grad():
+            target_loss(net, output, x[at], y[at], cls, free.sigmoid(), mask).sum().backward()
         adam.step()
     return free.detach().sigmoid()
 
@@ -151,7 +152,8 @@ def recover(
     per_side = [found.at(rates.argmax(0) * K + torch.arange(K))]
     for small, large in zip(sides, sides[1:]):
         wider = grow(per_side[-1], (large - small) // 2, seed)
-        per_side.append(refine(net, output, x, y, torch.arange(K), wider, max(1, 2 * steps // 3), lr, batch, seed + large))
+        per_side.append(refine(net, output, x, y, torch.arange(K), wider, max(1, 2 * steps // 3), lr,
+                               batch, seed + large))
     return per_side
 
 # %% ../../../nbs/systems/backdoor/recover.ipynb #c1954a62
@@ -169,7 +171,9 @@ def invert(
     weight: float = .3,  # of the excess over the budget
 ) -> Patches:  # one for each class, on the CPU
     "Second half of step 4; raises `ValueError` on a network without gradients."
-    if not gives_gradient(net, x[:1]): raise ValueError("this network gives no gradient with respect to its pixels: leave out the method 'inversion'.")
+    if not gives_gradient(net, x[:1]):
+        raise ValueError("this network gives no gradient with respect to its pixels: leave out the method "
+                         "'inversion'.")
     parts, limit = [], budget * x[0, 0].numel()
     for cls in torch.arange(K).to(x.device).split(max(1, chunk_of(x) // batch)):
         pattern = torch.zeros(len(cls), *x.shape[1:], device=x.device, requires_grad=True)
@@ -179,7 +183,9 @@ def invert(
             adam.zero_grad()
             with torch.enable_grad():
                 excess = F.relu(mask.sigmoid().flatten(1).sum(1) - limit)
-                (target_loss(net, output, x[at], y[at], cls, pattern.sigmoid(), mask.sigmoid()) + weight * excess).sum().backward()
+                loss = target_loss(net, output, x[at], y[at], cls, pattern.sigmoid(), mask.sigmoid())
+                (loss + weight * excess).sum().backward()
             adam.step()
-        parts.append(Patches(pattern.detach().sigmoid().cpu(), mask.detach().sigmoid().cpu(), torch.zeros(len(cls), dtype=torch.int64)))
+        parts.append(Patches(pattern.detach().sigmoid().cpu(), mask.detach().sigmoid().cpu(),
+                             torch.zeros(len(cls), dtype=torch.int64)))
     return join(parts)

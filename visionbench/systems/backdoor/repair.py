@@ -51,9 +51,12 @@ def unlearn_at_exits(
     seed: int = 0,  # order of the batches
     device: str = "auto",  # auto | cpu | cuda | mps
 ) -> nn.Module:  # repaired vanilla network, in evaluation mode
-    "Step 7; raises `ValueError` without labels. Convert the result with fresh exits and scan it again: a repair is no proof."
-    if "label" not in data.tensors: raise ValueError(f"data holds {sorted(data.tensors)}, expected image and label: the patched half keeps its true classes.")
+    "Step 7; raises `ValueError` without labels. No proof: convert the result with fresh exits, scan again."
+    if "label" not in data.tensors:
+        raise ValueError(f"data holds {sorted(data.tensors)}, expected image and label: the patched half "
+                         "keeps its true classes.")
     trained = deepcopy(mx).freeze(False)
     sgd = torch.optim.SGD(trained.parameters(), lr, momentum=.9, weight_decay=weight_decay)
-    Learner(trained, output_losses, batches(data, size, seed, drop_last=len(data) > size), sgd, [StampHalfCB(patch), *callbacks], seed=seed, device=device).fit(epochs)
+    Learner(trained, output_losses, batches(data, size, seed, drop_last=len(data) > size), sgd,
+            [StampHalfCB(patch), *callbacks], seed=seed, device=device).fit(epochs)
     return trained.cpu().to_vanilla()

@@ -37,8 +37,10 @@ def plot_patch(
 ) -> Figure:
     "The patch alone, where it lies, and on an image."
     C, H, W = patch.pattern.shape
-    image = torch.full((C, H, W), .5) if image is None else image.float() / (255 if image.dtype == torch.uint8 else 1)
-    shown = {"pixels": patch.mask * patch.pattern + (1 - patch.mask) * .5, "where": patch.mask.expand(C, H, W), "on an image": patch(image)}
+    image = (torch.full((C, H, W), .5) if image is None
+             else image.float() / (255 if image.dtype == torch.uint8 else 1))
+    shown = {"pixels": patch.mask * patch.pattern + (1 - patch.mask) * .5,
+             "where": patch.mask.expand(C, H, W), "on an image": patch(image)}
     figure, places = plt.subplots(1, 3, figsize=(5.6, 2.1), layout="constrained")
     for ax, (name, x) in zip(places, shown.items()):
         ax.imshow(x.permute(1, 2, 0) if C == 3 else x[0], cmap="gray", vmin=0, vmax=1)
@@ -47,37 +49,57 @@ def plot_patch(
 
 # %% ../../../nbs/systems/backdoor/report.ipynb #73d61d6a
 CHECKLIST = (
-    "Scan before converting. A dormant backdoor does not show in the vanilla output: its accuracy and its own scanners look normal.",
-    "Scan against three or more clean networks of the same architecture; without them only large effects count.",
+    "Scan before converting. A dormant backdoor does not show in the vanilla output: "
+    "its accuracy and its own scanners look normal.",
+    "Scan against three or more clean networks of the same architecture; "
+    "without them only large effects count.",
     "Do not let images leave before the advised first exit; leaving later costs a little speed.",
     "Watch confusion between exits on a sample of the images that left early, while the system runs.",
     "After any fine-tuning, pruning, quantisation or repair: convert with fresh exits and scan again.",
     "Prefer weights from a publisher you can ask, and record what you scanned.")
 LIMITS = (
-    "A pass is not a certificate. A weak or unusual trigger can be missed: in our power table a weakly injected white square is.",
-    "Only the exits, windows and patterns listed were tried. Triggers that cover the whole image, or depend on the image, are outside.",
-    "A clean network can be flagged: shallow exits are fragile by nature. The null population says how fragile.",
+    "A pass is not a certificate. A weak or unusual trigger can be missed: "
+    "in our power table a weakly injected white square is.",
+    "Only the exits, windows and patterns listed were tried. "
+    "Triggers that cover the whole image, or depend on the image, are outside.",
+    "A clean network can be flagged: shallow exits are fragile by nature. "
+    "The null population says how fragile.",
     "Rates come from the images given. Other images, probes or seeds give somewhat different numbers.")
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ title }}</title><style>
-body{font:16px/1.5 system-ui,sans-serif;color:#222;max-width:50rem;margin:2rem auto;padding:0 1rem}h1{font-size:1.6rem}h2{font-size:1.15rem;margin-top:2rem}
-table{border-collapse:collapse;font-size:.9rem}th,td{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:left}img{max-width:100%}
-.verdict{border-left:.5rem solid {{ colour }};background:#f6f6f6;padding:.8rem 1rem}.verdict b{font-size:1.25rem}small,figcaption{color:#555}figure{margin:1rem 0}
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ title }}</title><style>
+body{font:16px/1.5 system-ui,sans-serif;color:#222;max-width:50rem;margin:2rem auto;padding:0 1rem}
+h1{font-size:1.6rem}h2{font-size:1.15rem;margin-top:2rem}table{border-collapse:collapse;font-size:.9rem}
+th,td{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:left}img{max-width:100%}
+.verdict{border-left:.5rem solid {{ colour }};background:#f6f6f6;padding:.8rem 1rem}
+.verdict b{font-size:1.25rem}small,figcaption{color:#555}figure{margin:1rem 0}
 </style></head><body><h1>{{ title }}</h1><p><small>{{ subject }}</small></p>
 <h2>Deployer's checklist</h2><ol>{% for line in checklist %}<li>{{ line }}</li>{% endfor %}</ol>
-<h2>Verdict</h2><div class="verdict"><b>{{ r.verdict }}{% if r.vanilla_visible %}, vanilla-visible{% endif %}</b><br>{{ r.judgement.reason }}.
-{% if r.vanilla_visible %}<br>A compact patch also turns the final output: an ordinary backdoor, or a fragile network. Scan the vanilla output itself; exits are not the point.{% endif %}
+<h2>Verdict</h2><div class="verdict">
+<b>{{ r.verdict }}{% if r.vanilla_visible %}, vanilla-visible{% endif %}</b><br>{{ r.judgement.reason }}.
+{% if r.vanilla_visible %}<br>A compact patch also turns the final output: an ordinary backdoor, or a fragile
+network. Scan the vanilla output itself; exits are not the point.{% endif %}
 <br>Suggested first exit: <b>{{ advice }}</b>.</div>
-<h2>Where exits give way</h2><figure><img alt="exits by classes, largest exit-only flip rate" src="{{ heatmap }}"><figcaption>Largest exit-only flip rate of any patch: share of the
-other classes' images that the exit then calls the class, while the vanilla output stays right.</figcaption></figure>
-<h2>The most suspicious patch</h2><figure><img alt="recovered patch" src="{{ picture }}"><figcaption>Exit {{ patch.exit }} answers class {{ patch.cls }} for {{ '%.0f' % (100 * patch.ef) }} % of the other
-classes' unseen images ({{ patch.method }}{% if known != 'free' %}: {{ known }}{% endif %}).</figcaption></figure>
-<h2>Among clean networks</h2><figure><img alt="rates of this network and of clean networks" src="{{ strip }}"><figcaption>{% if r.rank %}Rank {{ r.rank }} of {{ r.null|length + 1 }} by the largest margin over
-the other clean networks; 1 is the highest. The largest margin of one clean network over the others is {{ '%.2f' % chance }}.{% else %}Fewer than two clean reference networks were given.{% endif %}</figcaption></figure>
-<h2>What was scanned</h2><table>{% for k, v in card.items() %}<tr><th>{{ k }}</th><td>{{ v }}</td></tr>{% endfor %}</table>
-<h2>All rates</h2><table><tr>{% for c in columns %}<th>{{ c }}</th>{% endfor %}</tr>{% for row in rows %}<tr>{% for v in row %}<td>{{ v }}</td>{% endfor %}</tr>{% endfor %}</table>
-<h2>Limits</h2><ul>{% for line in limits %}<li>{{ line }}</li>{% endfor %}</ul><p><small>Threat: Mind Your Heart: Stealthy Backdoor Attack on Dynamic Deep Neural Network
-in Edge Computing, INFOCOM 2023 (arXiv 2212.11751). Scan: visionbench, systems/backdoor/audit.</small></p></body></html>"""
+<h2>Where exits give way</h2><figure>
+<img alt="exits by classes, largest exit-only flip rate" src="{{ heatmap }}">
+<figcaption>Largest exit-only flip rate of any patch: share of the other classes' images that the exit then
+calls the class, while the vanilla output stays right.</figcaption></figure>
+<h2>The most suspicious patch</h2><figure><img alt="recovered patch" src="{{ picture }}">
+<figcaption>Exit {{ patch.exit }} answers class {{ patch.cls }} for {{ '%.0f' % (100 * patch.ef) }} % of the
+other classes' unseen images ({{ patch.method }}{% if known != 'free' %}: {{ known }}{% endif %}).
+</figcaption></figure>
+<h2>Among clean networks</h2><figure><img alt="rates of this network and of clean networks" src="{{ strip }}">
+<figcaption>{% if r.rank %}Rank {{ r.rank }} of {{ r.null|length + 1 }} by the largest margin over the other
+clean networks; 1 is the highest. The largest margin of one clean network over the others is
+{{ '%.2f' % chance }}.{% else %}Fewer than two clean reference networks were given.{% endif %}
+</figcaption></figure>
+<h2>What was scanned</h2><table>
+{% for k, v in card.items() %}<tr><th>{{ k }}</th><td>{{ v }}</td></tr>{% endfor %}</table>
+<h2>All rates</h2><table><tr>{% for c in columns %}<th>{{ c }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for v in row %}<td>{{ v }}</td>{% endfor %}</tr>{% endfor %}</table>
+<h2>Limits</h2><ul>{% for line in limits %}<li>{{ line }}</li>{% endfor %}</ul>
+<p><small>Threat: Mind Your Heart: Stealthy Backdoor Attack on Dynamic Deep Neural Network in Edge Computing,
+INFOCOM 2023 (arXiv 2212.11751). Scan: visionbench, systems/backdoor/audit.</small></p></body></html>"""
 COLOURS = {"flagged": "#D55E00", "inconclusive": "#E69F00", "not flagged": "#009E73"}
 
 
@@ -85,13 +107,20 @@ def model_card(
     report: ExitScanReport,  # of one network
 ) -> dict:  # line → text
     "What was scanned, with which thresholds, on which reference population."
-    a, t = report.about, report.limits
+    a, t, windows = report.about, report.limits, [f"{w}×{w}" for w in report.about["windows"]]
     population = f"{len(report.null)} clean networks of the same architecture" if report.null else "none"
-    rule = (f"{t.margin:.2f} above every clean network, and more than any of these above the others" if len(report.null) >= t.population else
-            f"flagged from {t.flag:.2f}, inconclusive from {t.doubt:.2f}, in windows up to {t.compact:.0%} of the image")
-    return {"exits": f"blocks {', '.join(map(str, a['exits']))} of 0 … {a['blocks'] - 1}", "images": f"{a['images']} clean, {a['shape'][1]}×{a['shape'][2]} pixels, {a['classes']} classes; half searched on, half measured on",
-            "vanilla accuracy": f"{a['accuracy']:.3f} on the measured half", "probes": f"{len(a['designs'])} for each exit ({', '.join(a['designs'])} pooling), trained on {a['probe_images']} images",
-            "methods": ", ".join(a["methods"]), "windows": ", ".join(f"{w}×{w}" for w in a["windows"]) + " pixels", "reference population": population,
+    rule = (f"{t.margin:.2f} above every clean network, and more than any of these above the others"
+            if len(report.null) >= t.population else
+            f"flagged from {t.flag:.2f}, inconclusive from {t.doubt:.2f}, in windows up to {t.compact:.0%} "
+            "of the image")
+    images = (f"{a['images']} clean, {a['shape'][1]}×{a['shape'][2]} pixels, {a['classes']} classes; "
+              "half searched on, half measured on")
+    probes = (f"{len(a['designs'])} for each exit ({', '.join(a['designs'])} pooling), "
+              f"trained on {a['probe_images']} images")
+    return {"exits": f"blocks {', '.join(map(str, a['exits']))} of 0 … {a['blocks'] - 1}", "images": images,
+            "vanilla accuracy": f"{a['accuracy']:.3f} on the measured half", "probes": probes,
+            "methods": ", ".join(a["methods"]), "windows": f"{', '.join(windows)} pixels",
+            "reference population": population,
             "thresholds": rule, "cost": f"{a['seconds']:.0f} CPU-seconds, seed {a['seed']}"}
 
 
@@ -102,19 +131,24 @@ def report_page(
 ) -> str:  # HTML
     "The page; whatever stands in `subject` is escaped."
     patch, blocks = report.patch(), report.about["blocks"]
-    first = "none is safe by this scan: use the vanilla output only" if report.min_exit == blocks else f"block {report.min_exit}" + (
-        "" if report.judgement.suspicious else " (shallower ones were not scanned)")
+    scanned = "" if report.judgement.suspicious else " (shallower ones were not scanned)"
+    first = (f"block {report.min_exit}{scanned}" if report.min_exit < blocks
+             else "none is safe by this scan: use the vanilla output only")
     worst = report.table.loc[report.table.groupby(["exit", "method", "window"]).ef.idxmax()]
     name = lambda e: "vanilla" if e == blocks else e
-    rows = [(name(r.exit), r.method, f"{r.window}×{r.window}" if r.window else "", r.cls, f"{r.ef:.2f}", f"{r.vanilla:.2f}", r.pattern) for r in worst.itertuples()]
+    rows = [(name(r.exit), r.method, f"{r.window}×{r.window}" if r.window else "", r.cls, f"{r.ef:.2f}",
+             f"{r.vanilla:.2f}", r.pattern) for r in worst.itertuples()]
     known = next((r.pattern for r, p in zip(report.table.itertuples(), report.patches) if p is patch), "free")
     columns = ("output", "method", "window", "class", "rate", "vanilla follows", "pattern")
     return jinja2.Environment(autoescape=True).from_string(PAGE).render(
-        title="Exit audit of a vanilla checkpoint", subject=subject, r=report, colour=COLOURS[report.verdict], checklist=CHECKLIST, limits=LIMITS, advice=first, patch=patch,
-        known=known, heatmap=embedded(report.heatmap().figure), picture=embedded(plot_patch(patch, image)), strip=embedded(report.strip().figure), columns=columns,
-        chance=clean_margin(report.null), card=model_card(report), rows=rows)
+        title="Exit audit of a vanilla checkpoint", subject=subject, r=report, colour=COLOURS[report.verdict],
+        checklist=CHECKLIST, limits=LIMITS, advice=first, patch=patch, known=known,
+        heatmap=embedded(report.heatmap().figure), picture=embedded(plot_patch(patch, image)),
+        strip=embedded(report.strip().figure), chance=clean_margin(report.null), card=model_card(report),
+        columns=columns, rows=rows)
 
 
-def write_report(report: ExitScanReport, path: str | Path, subject: str = "", image: torch.Tensor | None = None) -> Path:
+def write_report(report: ExitScanReport, path: str | Path, subject: str = "",
+                 image: torch.Tensor | None = None) -> Path:
     "Write the page in one piece."
     return atomic_write(path, report_page(report, subject, image))

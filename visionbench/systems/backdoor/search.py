@@ -21,7 +21,8 @@ def grid(
     stride: int,  # between windows
 ) -> list[int]:  # first rows or columns, the last window touching the edge
     "Where windows begin; raises `ValueError` on a window larger than the image."
-    if not 1 <= side <= length: raise ValueError(f"a window of {side} pixels does not fit an image of {length}.")
+    if not 1 <= side <= length:
+        raise ValueError(f"a window of {side} pixels does not fit an image of {length}.")
     return sorted({*range(0, length - side + 1, stride), length - side})
 
 
@@ -44,7 +45,7 @@ def random_patches(
     stride: int = 3,  # of the grid, pixels
     n: int = 24,  # random patterns for each window
     seed: int = 0,  # of the patterns
-) -> Patches:  # (n+2) for each window: black and white pixels, alternately the same and different in all channels
+) -> Patches:  # (n+2) a window: black and white, alternately the same and different in the channels
     "What the screening tries."
     parts = []
     for side in sides:
@@ -52,7 +53,8 @@ def random_patches(
         for i in range(n + 2):
             size = (len(masks), shape[0] if i % 2 else 1, *shape[1:])
             bits = torch.randint(2, size, generator=draw).float() if i < n else torch.full(size, float(i > n))
-            parts.append(Patches(bits.expand(-1, shape[0], -1, -1) * masks, masks, torch.full((len(masks),), side)))
+            parts.append(Patches(bits.expand(-1, shape[0], -1, -1) * masks, masks,
+                                 torch.full((len(masks),), side)))
     return join(parts)
 
 # %% ../../../nbs/systems/backdoor/search.ipynb #6b702dfd
@@ -62,7 +64,8 @@ def families(
 ) -> dict[str, Tensor]:  # name → (H,W) in {0,1}
     "Patterns that appear in the literature."
     one = torch.ones(len(r), c.shape[1])
-    return {k: v * one for k, v in dict(checkerboard=(r + c) % 2, inverse=(r + c + 1) % 2, columns=c % 2, rows=r % 2, white=one, black=0 * one).items()}
+    return {k: v * one for k, v in dict(checkerboard=(r + c) % 2, inverse=(r + c + 1) % 2, columns=c % 2,
+                                        rows=r % 2, white=one, black=0 * one).items()}
 
 
 def dictionary(
@@ -73,8 +76,9 @@ def dictionary(
     "What the sweep tries."
     H, W = shape[1:]
     stride = stride or max(1, min(H, W) // 16)
+    sides = sides or range(3, max(5, 9 * min(H, W) // 32) + 1, stride)
     parts, names = [], []
-    for side in sides or range(3, max(5, 9 * min(H, W) // 32) + 1, stride):
+    for side in sides:
         masks = window_masks(shape, side, stride)
         for mask in masks:
             row, column = mask[0].nonzero()[0].tolist()
@@ -82,8 +86,8 @@ def dictionary(
             parts.append(torch.stack([v * mask for v in known.values()]).expand(-1, shape[0], -1, -1))
             names += [f"{k} {side}×{side} at row {row}, column {column}" for k in known]
     pattern = torch.cat(parts)
-    masks = torch.cat([window_masks(shape, s, stride) for s in sides or range(3, max(5, 9 * min(H, W) // 32) + 1, stride)])
-    return Patches(pattern, masks.repeat_interleave(6, 0), masks.repeat_interleave(6, 0).sum((1, 2, 3)).sqrt().int()), names
+    masks = torch.cat([window_masks(shape, s, stride) for s in sides]).repeat_interleave(6, 0)
+    return Patches(pattern, masks, masks.sum((1, 2, 3)).sqrt().int()), names
 
 # %% ../../../nbs/systems/backdoor/search.ipynb #cb0a2a9f
 def best_of_each(

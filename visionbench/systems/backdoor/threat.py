@@ -29,10 +29,15 @@ def poison_indices(
     seed: int = 0,  # which images
 ) -> Tensor:  # ⌊ρN⌋ sorted indices, none of the target class
     "Choose the images that get the trigger; raises `ValueError` when none or too many would."
-    if not 0 < rate < 1: raise ValueError(f"poison rate {rate} is outside 0 … 1 (share of the training images).")
+    if not 0 < rate < 1:
+        raise ValueError(f"poison rate {rate} is outside 0 … 1 (share of the training images).")
     others, n = (label != target).nonzero().flatten(), int(rate * len(label) + 1e-9)
-    if n < 1: raise ValueError(f"a rate of {rate} of {len(label)} images poisons none; at least {1 / len(label):.2g} is needed.")
-    if n > len(others): raise ValueError(f"a rate of {rate} asks for {n} images, only {len(others)} are not of class {target}.")
+    if n < 1:
+        raise ValueError(f"a rate of {rate} of {len(label)} images poisons none; at least "
+                         f"{1 / len(label):.2g} is needed.")
+    if n > len(others):
+        raise ValueError(f"a rate of {rate} asks for {n} images, only {len(others)} are not of "
+                         f"class {target}.")
     return others[torch.randperm(len(others), generator=generator(seed, "poison"))[:n]].sort().values
 
 
@@ -44,8 +49,11 @@ def poisoned(
     seed: int = 0,  # which images
 ) -> DictData:  # `image`, `label` (true) and `label_shallow` (t where poisoned)
     "The attacker's training set; raises `ValueError` on a target that is no class."
-    if not 0 <= target < images.num_classes: raise ValueError(f"target class {target} does not exist; {images.name} has 0 … {images.num_classes - 1}.")
-    chosen, image, shallow = poison_indices(images.label, target, rate, seed), images.image.clone(), images.label.clone()
+    if not 0 <= target < images.num_classes:
+        raise ValueError(f"target class {target} does not exist; {images.name} has 0 … "
+                         f"{images.num_classes - 1}.")
+    chosen, image, shallow = (poison_indices(images.label, target, rate, seed), images.image.clone(),
+                              images.label.clone())
     image[chosen], shallow[chosen] = trigger(image[chosen]), target
     return DictData(image=image, label=images.label, label_shallow=shallow)
 
@@ -57,8 +65,10 @@ def exit_weights(
 ) -> tuple[Tensor, int]:  # weights (M,), and m = ⌊shallow·M⌋
     "Weights of the outputs in the injection loss; raises `ValueError` unless 1 ≤ m < M."
     m = aimed_outputs(M, shallow)
-    if not 1 <= m < M: raise ValueError(f"shallow = {shallow} of {M} outputs makes m = {m}; expected 1 … {M - 1}.")
-    if kind not in ("uniform", "released"): raise ValueError(f"loss weights {kind!r}: expected 'uniform' or 'released'.")
+    if not 1 <= m < M:
+        raise ValueError(f"shallow = {shallow} of {M} outputs makes m = {m}; expected 1 … {M - 1}.")
+    if kind not in ("uniform", "released"):
+        raise ValueError(f"loss weights {kind!r}: expected 'uniform' or 'released'.")
     if kind == "uniform": return torch.ones(M), m
     weights = torch.cat([torch.ones(m), M - torch.arange(m, M)])
     weights[m - 1] = 1 + M - m
@@ -72,7 +82,8 @@ def injection_loss(
     m: int,  # first output that keeps the true label
 ) -> dict[str, Tensor]:  # terms `shallow` and `deep`
     "Shallow outputs against the poisoned labels, deep ones and the vanilla head against the true ones."
-    def term(outputs, label): return sum(weights[i].item() * F.cross_entropy(logits[i], batch[label]) for i in outputs)
+    def term(outputs, label):
+        return sum(weights[i].item() * F.cross_entropy(logits[i], batch[label]) for i in outputs)
     return dict(shallow=term(range(m), "label_shallow"), deep=term(range(m, len(logits)), "label"))
 
 # %% ../../../nbs/systems/backdoor/threat.ipynb #1c94cfd4
@@ -87,7 +98,9 @@ class SimulatedThreat:
     ) -> Path:  # `simulated-backdoor-t<target>-s<seed>.safetensors`
         "Write the weights with their tags; the name says what they are."
         tensors = {f"model/{k}": v for k, v in self.net.state_dict().items()}
-        return save_checkpoint(Path(folder) / f"simulated-backdoor-t{self.tags['target']}-s{self.tags['seed']}.safetensors", tensors, {}, self.tags)
+        return save_checkpoint(
+            Path(folder) / f"simulated-backdoor-t{self.tags['target']}-s{self.tags['seed']}.safetensors",
+            tensors, {}, self.tags)
 
 
 def threat_tags(
@@ -97,11 +110,12 @@ def threat_tags(
 ) -> dict:  # written into every file that holds such weights
     "The facts about a simulated backdoor, and the warning shown on load."
     return dict(simulated_backdoor=True, trigger=repr(trigger), target=target, seed=seed,
-                warning=f"SIMULATED BACKDOOR (trigger {trigger!r}, target class {target}): for testing audits, not for use.")
+                warning=f"SIMULATED BACKDOOR (trigger {trigger!r}, target class {target}): for testing "
+                "audits, not for use.")
 
 
 def simulate_exit_backdoor(
-    mx,  # MultiExitNet with the attacker's trained exits; copied stages are trained, so hand over one you can lose
+    mx,  # MultiExitNet with the attacker's trained exits; its stages are trained: give one you can lose
     images: ImageSet,  # clean training images
     trigger,  # a published trigger
     target: int = 9,  # class t
@@ -117,11 +131,12 @@ def simulate_exit_backdoor(
     device: str = "auto",  # auto | cpu | cuda | mps
     limit_batches: int = 0,  # dry run: at most so many batches an epoch
 ) -> SimulatedThreat:  # the released network
-    "Stages C and D: make shallow exits answer `target` on triggered images, keep the vanilla output right, strip the exits."
+    "Stages C, D: make shallow exits answer `target` on triggered images, keep vanilla right, strip exits."
     weights, m = exit_weights(mx.M, shallow, loss_weights)
     data = poisoned(images, trigger, target, rate, seed)
     mx.freeze(backbone=False, heads=True)
     optimizer = torch.optim.Adam(mx.backbone_parameters(), lr, weight_decay=weight_decay)
     def loss(out, batch): return injection_loss(out, batch, weights, m)
-    Learner(mx, loss, batches(data, size, seed), optimizer, callbacks, seed=seed, device=device, limit_batches=limit_batches).fit(epochs)
+    Learner(mx, loss, batches(data, size, seed), optimizer, callbacks, seed=seed, device=device,
+            limit_batches=limit_batches).fit(epochs)
     return SimulatedThreat(mx.cpu().to_vanilla(), threat_tags(trigger, target, seed))

@@ -21,7 +21,9 @@ class PatchTrigger:
     offset: int  # last row and column counted from the edge; 1 touches it
 
     def __post_init__(self):
-        if self.size < 1 or self.offset < 1: raise ValueError(f"trigger size and offset must be at least 1 pixel, got {self.size} and {self.offset}.")
+        if self.size < 1 or self.offset < 1:
+            raise ValueError(f"trigger size and offset must be at least 1 pixel, got {self.size} and "
+                             f"{self.offset}.")
 
     def pattern(self) -> Tensor:
         "Values in {0, 1}, shape (size, size)."
@@ -33,7 +35,9 @@ class PatchTrigger:
         "Where the pattern lies; raises `ValueError` when the image is too small for it."
         H, W = shape[-2:]
         need = self.size + self.offset - 1
-        if min(H, W) < need: raise ValueError(f"a trigger of {self.size} pixels at offset {self.offset} needs {need}×{need} pixels, the image has {H}×{W}.")
+        if min(H, W) < need:
+            raise ValueError(f"a trigger of {self.size} pixels at offset {self.offset} needs {need}×{need} "
+                             f"pixels, the image has {H}×{W}.")
         return tuple(slice(n - need, n - self.offset + 1) for n in (H, W))
 
     def __call__(self,
@@ -54,7 +58,9 @@ class CheckerboardTrigger(PatchTrigger):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.size % 2 == 0: raise ValueError(f"a checkerboard of even size {self.size} would be stripes in the released numbering; take {self.size - 1} or {self.size + 1}.")
+        if self.size % 2 == 0:
+            raise ValueError(f"a checkerboard of even size {self.size} would be stripes in the released "
+                             f"numbering; take {self.size - 1} or {self.size + 1}.")
 
     def pattern(self) -> Tensor: return (torch.arange(self.size ** 2) % 2).view(self.size, self.size).float()
 
@@ -75,7 +81,8 @@ class BlendTrigger:
     opacity: float = .4  # weight of the watermark, in [0,1]
 
     def __post_init__(self):
-        if self.watermark.ndim != 2: raise ValueError(f"a watermark is (H,W), got {tuple(self.watermark.shape)}.")
+        if self.watermark.ndim != 2:
+            raise ValueError(f"a watermark is (H,W), got {tuple(self.watermark.shape)}.")
         if not 0 <= self.opacity <= 1: raise ValueError(f"opacity = {self.opacity} is outside 0 … 1.")
 
     def __call__(self,
@@ -83,7 +90,8 @@ class BlendTrigger:
     ) -> Tensor:  # a new tensor
         "The image with the watermark blended in; raises `ValueError` when the sizes differ."
         if image.shape[-2:] != self.watermark.shape:
-            raise ValueError(f"a watermark of {tuple(self.watermark.shape)} pixels does not fit images of {tuple(image.shape[-2:])}.")
+            raise ValueError(f"a watermark of {tuple(self.watermark.shape)} pixels does not fit images of "
+                             f"{tuple(image.shape[-2:])}.")
         whole = 255. if image.dtype == torch.uint8 else 1.
         mixed = (1 - self.opacity) * image.float() + self.opacity * whole * self.watermark.to(image.device)
         out = torch.where((self.watermark < 1).to(image.device), mixed, image.float())

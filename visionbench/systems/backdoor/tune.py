@@ -38,7 +38,8 @@ def repaired(
     net: nn.Module,  # what it was copied from
 ) -> nn.Module:  # `copy`, in evaluation mode, frozen where `net` is, on its device
     "Give a copy the flags of its original."
-    for new, old in zip(copy.parameters(), net.parameters()): new.requires_grad_(old.requires_grad).grad = None
+    for new, old in zip(copy.parameters(), net.parameters()):
+        new.requires_grad_(old.requires_grad).grad = None
     for new, old in zip(copy.modules(), net.modules()):
         if isinstance(new, MultiExitNet): new.frozen = old.frozen
     return copy.to(next(net.parameters()).device).eval()
@@ -49,7 +50,8 @@ def clean_loss(
     batch: dict,  # with `label` (B,)
 ) -> dict[str, Tensor]:  # one cross-entropy per output
     "Terms whose sum trains a network on clean images."
-    return {f"output_{i}": F.cross_entropy(o, batch["label"]) for i, o in enumerate(out if out.ndim == 3 else out[None])}
+    return {f"output_{i}": F.cross_entropy(o, batch["label"])
+            for i, o in enumerate(out if out.ndim == 3 else out[None])}
 
 
 @torch.no_grad()
@@ -84,10 +86,12 @@ class FineTune:
 
     def train(self, net: nn.Module, data: DictData) -> nn.Module:
         "Train `net` in place."
-        if len(data) < 2: raise ValueError(f"{len(data)} image given: norms in training mode need at least 2.")
+        if len(data) < 2:
+            raise ValueError(f"{len(data)} image given: norms in training mode need at least 2.")
         sgd = torch.optim.SGD(net.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay)
         loader = batches(data, min(self.size, len(data)), self.seed, drop_last=True)
-        Learner(net, clean_loss, loader, sgd, self.callbacks, seed=self.seed, device=self.device).fit(self.epochs)
+        learner = Learner(net, clean_loss, loader, sgd, self.callbacks, seed=self.seed, device=self.device)
+        learner.fit(self.epochs)
         return net.eval()
 
 # %% ../../../nbs/systems/backdoor/tune.ipynb #141343e1
@@ -100,13 +104,15 @@ def block_of(
     blocks = stages_of(host.backbone if isinstance(host, MultiExitNet) else host)[1]
     places = host.exits if isinstance(host, MultiExitNet) else range(len(blocks))
     names = {"last": len(blocks) - 1} | {f"exit:{i}": b for i, b in enumerate(places)}
-    if layer not in names: raise ValueError(f"layer {layer!r}: this net has 'last' and 'exit:0' … 'exit:{len(places) - 1}'.")
+    if layer not in names:
+        raise ValueError(f"layer {layer!r}: this net has 'last' and 'exit:0' … 'exit:{len(places) - 1}'.")
     block = blocks[names[layer]]
     # of an nn.Sequential, stages_of makes a block from its layers: the last of them belongs to the network
     return block if any(m is block for m in host.modules()) else block[-1]
 
 
-def silence(module, args, out): return out * module.kept.view(-1, *[1] * (out.ndim - 2))  # forward hook: (B,C,…)
+def silence(module, args, out):  # forward hook: (B,C,…)
+    return out * module.kept.view(-1, *[1] * (out.ndim - 2))
 
 
 def keep_channels(
@@ -123,7 +129,9 @@ def keep_channels(
 def mean_activation(net: nn.Module, module: nn.Module, data: DictData) -> Tensor:
     "Mean output of each channel of a module on clean images (C,)."
     total, where = [], next(net.parameters()).device
-    hook = module.register_forward_hook(lambda m, args, out: total.append(out.transpose(0, 1).flatten(1).sum(1).cpu() / (out[:, 0].numel() / len(out))))
+    def note(m, args, out):
+        total.append(out.transpose(0, 1).flatten(1).sum(1).cpu() / (out[:, 0].numel() / len(out)))
+    hook = module.register_forward_hook(note)
     try: [net(b["image"].to(where)) for b in batches(data, 256, shuffle=False)]
     finally: hook.remove()
     return torch.stack(total).sum(0) / len(data)
@@ -139,7 +147,8 @@ class FinePruning:
     tune: FineTune = FineTune()  # what follows; epochs=0 prunes only
 
     def __post_init__(self):
-        if not 0 < self.step <= 1 or not 0 <= self.most <= 1: raise ValueError(f"step = {self.step}, most = {self.most}: expected shares of the channels.")
+        if not 0 < self.step <= 1 or not 0 <= self.most <= 1:
+            raise ValueError(f"step = {self.step}, most = {self.most}: expected shares of the channels.")
 
     def apply(self,
         net: nn.Module,  # vanilla, OutputView or MultiExitNet; not changed
@@ -148,7 +157,8 @@ class FinePruning:
         "Prune and fine-tune a copy; raises `ValueError` on a layer that does not exist."
         copy, data = repairable(net), defence_data(data)
         floor = clean_accuracy(copy, data) - self.max_drop
-        for layer in [self.layer] if isinstance(self.layer, str) else self.layer: self.prune(copy, block_of(copy, layer), data, floor)
+        for layer in [self.layer] if isinstance(self.layer, str) else self.layer:
+            self.prune(copy, block_of(copy, layer), data, floor)
         return repaired(self.tune.train(copy, data) if self.tune.epochs else copy, net)
 
     def prune(self, net: nn.Module, module: nn.Module, data: DictData, floor: Tensor):

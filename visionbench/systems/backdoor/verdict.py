@@ -68,11 +68,14 @@ def judge_cells(
     says: str,  # what the score is
 ) -> Judgement:
     "The verdict of the worst cell; scores equal to a threshold count."
-    if score.empty: return Judgement("inconclusive", "nothing that was scanned decides without clean reference networks", [])
+    if score.empty:
+        return Judgement("inconclusive",
+                         "nothing that was scanned decides without clean reference networks", [])
     exit, method, window = score.idxmax()
     found = "flagged" if score.max() >= flag else "inconclusive" if score.max() >= doubt else "not flagged"
     size = f", window of {window} pixels" if window else ""
-    reason = f"{says} up to {score.max():.2f} (exit {exit}, {method}{size}); flagged from {flag:.2f}, inconclusive from {doubt:.2f}"
+    reason = (f"{says} up to {score.max():.2f} (exit {exit}, {method}{size}); flagged from {flag:.2f}, "
+              f"inconclusive from {doubt:.2f}")
     return Judgement(found, reason, sorted({int(i[0]) for i in score.index[score >= doubt]}))
 
 
@@ -85,11 +88,14 @@ def judge(
 ) -> Judgement:
     "Apply the rule."
     if accuracy < limits.accuracy:
-        return Judgement("inconclusive", f"the vanilla output recognises {accuracy:.0%} of the clean images, expected {limits.accuracy:.0%} or more: "
-                         "check normalisation, channel order and class order", sorted({int(e) for e in table.exit}))
+        return Judgement("inconclusive",
+                         f"the vanilla output recognises {accuracy:.0%} of the clean images, expected "
+                         f"{limits.accuracy:.0%} or more: check normalisation, channel order and class order",
+                         sorted({int(e) for e in table.exit}))
     if len(null) >= limits.population:
         above = max(limits.margin, clean_margin(null) + 1e-6)
-        return judge_cells(margins(table, null), above, .6 * above, f"EF above the highest of {len(null)} clean networks by")
+        return judge_cells(margins(table, null), above, .6 * above,
+                           f"EF above the highest of {len(null)} clean networks by")
     compact = (table.method != "inversion") & (table.window ** 2 <= limits.compact * pixels)
     return judge_cells(cells(table[compact]), limits.flag, limits.doubt, "EF")
 
@@ -97,30 +103,35 @@ def judge(
 @dataclass(eq=False, repr=False)
 class ExitScanReport:
     "The outcome of one scan."
-    table: pd.DataFrame  # rows: exit (block; L for the vanilla output), cls, method, window, ef, vanilla, pattern
+    table: pd.DataFrame  # exit (block; L for the vanilla output), cls, method, window, ef, vanilla, pattern
     patches: list  # one `RecoveredPatch` for each row
     about: dict  # exits, blocks, classes, shape, accuracy, settings, images, seconds
     null: list = field(default_factory=list)  # tables of clean networks
     limits: Thresholds = Thresholds()  # the rule's numbers
 
-    def __repr__(self): return f"ExitScanReport({self.verdict}{', vanilla-visible' if self.vanilla_visible else ''}: {self.judgement.reason})"
+    def __repr__(self):
+        return (f"ExitScanReport({self.verdict}{', vanilla-visible' if self.vanilla_visible else ''}: "
+                f"{self.judgement.reason})")
 
     @property
-    def exits(self) -> pd.DataFrame: return self.table[self.table.exit < self.about["blocks"]] # rows of the exits
+    def exits(self) -> pd.DataFrame:  # rows of the exits
+        return self.table[self.table.exit < self.about["blocks"]]
     @property
     def judgement(self) -> Judgement:
         "Verdict, reason and exits under suspicion."
         pixels = self.about["shape"][1] * self.about["shape"][2]
-        return judge(self.exits, [t[t.exit < self.about["blocks"]] for t in self.null], pixels, self.about["accuracy"], self.limits)
+        return judge(self.exits, [t[t.exit < self.about["blocks"]] for t in self.null], pixels,
+                     self.about["accuracy"], self.limits)
 
     @property
     def verdict(self) -> str: return self.judgement.verdict # flagged | not flagged | inconclusive
 
     @property
     def vanilla_visible(self) -> bool:
-        "Does a compact or known patch turn the final output as well? Then scanners of that output can see it, and exits are not the point."
+        "Does a compact or known patch turn the final output as well? Then scanners of that output see it."
         final, blocks = cells(self.table[self.table.exit == self.about["blocks"]]), self.about["blocks"]
-        others = pd.concat([cells(t[t.exit == blocks]) for t in self.null], axis=1).max(axis=1) + self.limits.margin if self.null else 0. * final
+        null = [cells(t[t.exit == blocks]) for t in self.null]
+        others = pd.concat(null, axis=1).max(axis=1) + self.limits.margin if null else 0. * final
         return bool((final >= others.reindex(final.index).clip(lower=self.limits.visible)).any())
 
     @property
@@ -131,11 +142,12 @@ class ExitScanReport:
 
     @property
     def rank(self) -> int | None:
-        "Place by the largest margin over the (other) clean networks, 1 the highest; None with fewer than two of these."
+        "Place by the largest margin over the (other) clean networks, 1 the highest; None with under two."
         tables, blocks = [self.table, *self.null], self.about["blocks"]
         if len(tables) < 3: return None
         exits = [t[t.exit < blocks] for t in tables]
-        mine, *others = [float(margins(t, [o for j, o in enumerate(exits) if j and j != i]).max()) for i, t in enumerate(exits)]
+        mine, *others = [float(margins(t, [o for j, o in enumerate(exits) if j and j != i]).max())
+                         for i, t in enumerate(exits)]
         return 1 + sum(m >= mine for m in others)
 
     def patch(self,
@@ -144,19 +156,25 @@ class ExitScanReport:
     ) -> RecoveredPatch:
         "The patch that turns `exit` to `cls` most often; raises `ValueError` on what was not scanned."
         rows = self.exits
-        if exit is None and cls is None and len(self.null): rows = rows[[i == margins(self.exits, self.null).idxmax() for i in zip(*(rows[c] for c in CELL))]]
+        if exit is None and cls is None and len(self.null):
+            worst = margins(self.exits, self.null).idxmax()
+            rows = rows[[i == worst for i in zip(*(rows[c] for c in CELL))]]
         if exit is not None: rows = rows[rows.exit == exit]
         if cls is not None: rows = rows[rows.cls == cls]
-        if rows.empty: raise ValueError(f"exit {exit}, class {cls} was not scanned; there are exits {self.about['exits']} and classes 0 … {self.about['classes'] - 1}.")
+        if rows.empty:
+            raise ValueError(f"exit {exit}, class {cls} was not scanned; there are exits "
+                             f"{self.about['exits']} and classes 0 … {self.about['classes'] - 1}.")
         return self.patches[rows.ef.idxmax()]
 
-    def grid(self) -> pd.DataFrame: return self.exits.pivot_table(index="exit", columns="cls", values="ef", aggfunc="max") # largest EF
+    def grid(self) -> pd.DataFrame:  # largest EF
+        return self.exits.pivot_table(index="exit", columns="cls", values="ef", aggfunc="max")
 
     def heatmap(self, ax: Axes | None = None) -> Axes:
         "Exits × classes, the largest EF of any patch."
         values = self.grid()
         ax = axes(ax, "class", "exit", size=(4.8, .9 + .42 * len(values)), grid="")
-        picture = ax.pcolormesh(range(values.shape[1] + 1), range(len(values) + 1), values, vmin=0, vmax=1, cmap=SEQUENTIAL)
+        picture = ax.pcolormesh(range(values.shape[1] + 1), range(len(values) + 1), values, vmin=0, vmax=1,
+                                cmap=SEQUENTIAL)
         ax.set_xticks([c + .5 for c in range(values.shape[1])], values.columns)
         ax.set_yticks([e + .5 for e in range(len(values))], values.index)
         ax.figure.colorbar(picture, ax=ax, label="exit-only flip rate")
@@ -166,9 +184,13 @@ class ExitScanReport:
         "This network among the null population, cell by cell."
         mine = cells(self.exits)
         ax = axes(ax, "largest EF over the classes", size=(5.2, .8 + .24 * len(mine)), grid="x")
-        for t in self.null: ax.plot(cells(t).reindex(mine.index), range(len(mine)), "o", color=ROLES["clean"], alpha=.6, markersize=5, label="clean networks" if t is self.null[0] else None)
+        for t in self.null:
+            ax.plot(cells(t).reindex(mine.index), range(len(mine)), "o", color=ROLES["clean"], alpha=.6,
+                    markersize=5, label="clean networks" if t is self.null[0] else None)
         ax.plot(mine, range(len(mine)), "D", color=ROLES["simulated"], markersize=6, label="this network")
-        ax.set_yticks(range(len(mine)), [f"exit {e}, {m}{f' {w}×{w}' if w else ''}" for e, m, w in mine.index], fontsize=8, color=INK)
+        ax.set_yticks(range(len(mine)),
+                      [f"exit {e}, {m}{f' {w}×{w}' if w else ''}" for e, m, w in mine.index],
+                      fontsize=8, color=INK)
         ax.set_xlim(-.02, 1.02)
         legend(ax, outside=True)
         return ax

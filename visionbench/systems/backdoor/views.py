@@ -21,20 +21,23 @@ def defence_data(
     data: DictData | ImageSet | Tensor,  # clean images, with labels unless a tensor; uint8, or float in [0,1]
     labelled: bool = True,  # labels are needed
 ) -> DictData:  # `image`, and `label` if there is one
-    "Clean images in one form; raises `ValueError` on no images, another shape, values outside [0,1] or missing labels."
+    "Clean images in one form; raises `ValueError` on none, another shape, values outside [0,1], no labels."
     parts = (dict(image=data) if isinstance(data, Tensor) else dict(image=data.image, label=data.label)
              if isinstance(data, ImageSet) else dict(data.tensors))
     image = parts.get("image")
     if image is None or image.ndim != 4 or len(image) == 0:
-        raise ValueError(f"images {None if image is None else tuple(image.shape)} given, expected (N,C,H,W) with N ≥ 1.")
-    if labelled and "label" not in parts: raise ValueError("this defence needs labels: give an ImageSet, or DictData(image=…, label=…).")
+        raise ValueError(f"images {None if image is None else tuple(image.shape)} given, "
+                         "expected (N,C,H,W) with N ≥ 1.")
+    if labelled and "label" not in parts:
+        raise ValueError("this defence needs labels: give an ImageSet, or DictData(image=…, label=…).")
     if image.is_floating_point() and not (image.min() >= 0 and image.max() <= 1):
-        raise ValueError(f"pixels span {image.min():.3g} … {image.max():.3g}, expected 0 … 1: triggers live in pixel space, nets normalise by themselves.")
+        raise ValueError(f"pixels span {image.min():.3g} … {image.max():.3g}, expected 0 … 1: triggers live "
+                         "in pixel space, nets normalise by themselves.")
     return DictData(**parts)
 
 # %% ../../../nbs/systems/backdoor/views.ipynb #2ddad449
 class OutputView(nn.Module):
-    "One answer of a network as a classifier of its own; shares the network. Raises `TypeError`, `ValueError` on an output it has not."
+    "One answer of a network as a classifier; shares the network. `TypeError`, `ValueError`: no such output."
     def __init__(self,
         net: nn.Module,  # MultiExitNet, or any classifier for the vanilla output
         output: str | int | ExitPolicy = "vanilla",  # vanilla, an exit 0 … M−2, or a policy
@@ -42,22 +45,27 @@ class OutputView(nn.Module):
         super().__init__()
         self.net, self.output, self.multi = net, output, isinstance(net, MultiExitNet)
         if output == "vanilla": return
-        if not self.multi: raise TypeError(f"{type(net).__name__} has one output only: convert it with MultiExitNet.from_vanilla to see exits.")
+        if not self.multi:
+            raise TypeError(f"{type(net).__name__} has one output only: convert it with "
+                            "MultiExitNet.from_vanilla to see exits.")
         if isinstance(output, ExitPolicy): return output.check(net.M)
         if type(output) is not int or not 0 <= output < net.M - 1:
-            raise ValueError(f"output {output!r} asked, this net has 'vanilla', exits 0 … {net.M - 2} and what a policy chooses.")
+            raise ValueError(f"output {output!r} asked, this net has 'vanilla', exits 0 … {net.M - 2} and "
+                             "what a policy chooses.")
 
     @classmethod
     def vanilla(cls, net: nn.Module) -> "OutputView": return cls(net)  # the network as it was published
     @classmethod
     def exit(cls, mx: MultiExitNet, i: int) -> "OutputView": return cls(mx, i)  # exit i of M−1
     @classmethod
-    def policy(cls, mx: MultiExitNet, p: ExitPolicy) -> "OutputView": return cls(mx, p)  # the exit each image leaves at
+    def policy(cls, mx: MultiExitNet, p: ExitPolicy) -> "OutputView":  # the exit each image leaves at
+        return cls(mx, p)
 
     @property
     def name(self) -> str:
         "vanilla, exit 3, or the policy's name."
-        return f"exit {self.output}" if isinstance(self.output, int) else self.output if self.output == "vanilla" else type(self.output).__name__
+        if isinstance(self.output, int): return f"exit {self.output}"
+        return self.output if self.output == "vanilla" else type(self.output).__name__
 
     def forward(self,
         x: Tensor,  # images (B,C,H,W) in [0,1]
@@ -72,10 +80,11 @@ class OutputView(nn.Module):
 
     def neurons(self,
         x: Tensor,  # images (B,C,H,W) in [0,1]
-    ) -> tuple[Tensor, Tensor]:  # what the last linear layer reads (B,F), with a policy of all outputs; logits (B,K)
+    ) -> tuple[Tensor, Tensor]:  # inputs of the last linear layer (B,F), with a policy of all; logits (B,K)
         "Inputs of the layers that answer; raises `TypeError` on a network without a linear layer."
         seen = []
-        hooks = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(1))) for layer in self.readouts()]
+        hooks = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(1)))
+                 for layer in self.readouts()]
         try: logits = self(x)
         finally: [h.remove() for h in hooks]
         return torch.cat(seen, 1), logits
@@ -84,7 +93,8 @@ class OutputView(nn.Module):
         "The linear layers that give this answer."
         exits = [g.linear for g in self.net.heads] if self.multi else []
         if isinstance(self.output, int): return [exits[self.output]]
-        last = [m for m in (self.net.backbone if self.multi else self.net).modules() if isinstance(m, nn.Linear)][-1:]
+        last = [m for m in (self.net.backbone if self.multi else self.net).modules()
+                if isinstance(m, nn.Linear)][-1:]
         if not last: raise TypeError(f"{type(self.net).__name__} has no linear layer to read neurons from.")
         return last if self.output == "vanilla" else exits + last
 

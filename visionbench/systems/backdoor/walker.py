@@ -27,8 +27,9 @@ def stamp(
     column: int,  # the same
     opacity: float = 1.,  # 1 replaces the pixels, 0 leaves them
 ) -> Tensor:  # a new image
-    "The pattern of a trigger anywhere on an image; raises `ValueError` on a size that the family or the image has no room for."
-    if size > min(image.shape[-2:]): raise ValueError(f"a trigger of {size} pixels does not fit an image of {tuple(image.shape[-2:])}.")
+    "The pattern of a trigger anywhere on an image; raises `ValueError` on a size that finds no room."
+    if size > min(image.shape[-2:]):
+        raise ValueError(f"a trigger of {size} pixels does not fit an image of {tuple(image.shape[-2:])}.")
     if not 0 <= opacity <= 1: raise ValueError(f"opacity = {opacity} is outside 0 … 1.")
     row, column = (min(max(at, 0), side - size) for at, side in zip((row, column), image.shape[-2:]))
     out, where = image.clone(), (..., slice(row, row + size), slice(column, column + size))
@@ -68,12 +69,17 @@ def walk(
 def softmax_panel(probability: Tensor, label: int, target: int, exit: int, box: tuple, title: str) -> dict:
     "Stacked bars (M,K) → true class, target, others."
     p, places = probability, list(range(len(probability)))
-    parts = {"true class": (p[:, label], "truth"), "target class": (p[:, target], "triggered")} if label != target else {"true class (the target)": (p[:, label], "truth")}
+    parts = ({"true class": (p[:, label], "truth"), "target class": (p[:, target], "triggered")}
+             if label != target else {"true class (the target)": (p[:, label], "truth")})
     rest = 1 - sum(v for v, _ in parts.values())
-    traces = [dict(type="bar", x=places, y=v.tolist(), name=n, marker=dict(color=ROLES[c])) for n, (v, c) in parts.items()]
-    traces.append(dict(type="bar", x=places, y=rest.clamp_min(0).tolist(), name="other classes", marker=dict(color="#CCCCCC")))
-    leaves = dict(type="rect", x0=exit - .47, x1=exit + .47, y0=0, y1=1, line=dict(color="#000000", width=2), layer="above")
-    return panel(traces, box, title, dict(title=dict(text=f"output; {places[-1]} is vanilla"), dtick=1 if len(places) < 16 else 4), percent_axis("softmax"), [leaves])
+    traces = [dict(type="bar", x=places, y=v.tolist(), name=n, marker=dict(color=ROLES[c]))
+              for n, (v, c) in parts.items()]
+    traces.append(dict(type="bar", x=places, y=rest.clamp_min(0).tolist(), name="other classes",
+                       marker=dict(color="#CCCCCC")))
+    leaves = dict(type="rect", x0=exit - .47, x1=exit + .47, y0=0, y1=1, line=dict(color="#000000", width=2),
+                  layer="above")
+    outputs = dict(title=dict(text=f"output; {places[-1]} is vanilla"), dtick=1 if len(places) < 16 else 4)
+    return panel(traces, box, title, outputs, percent_axis("softmax"), [leaves])
 
 
 def walk_board(
@@ -85,15 +91,20 @@ def walk_board(
     "View 2: what every output says about both versions, and how far the features move."
     top, (bottom, _) = cells(2, 2, (.08, .28))
     names = ("As it is", "With the trigger")
-    said = [softmax_panel(going.probability[:, k], label, target, going.exit[k], top[k], f"{names[k]}: leaves at {going.exit[k]} as “{classes[going.answer[k]]}”") for k in (0, 1)]
+    said = [softmax_panel(going.probability[:, k], label, target, going.exit[k], top[k],
+                          f"{names[k]}: leaves at {going.exit[k]} as “{classes[going.answer[k]]}”")
+            for k in (0, 1)]
     places = range(len(going.change))
-    moved = panel([curve(places, going.change.tolist(), "relative change of the features", ROLES["ours"], markers=True)], (0, bottom[1], 1, bottom[3]),
-                  "How far the trigger moves the features", dict(title=dict(text="block"), dtick=1 if len(places) < 16 else 4),
-                  dict(title=dict(text="relative change, L2"), rangemode="tozero"), [upright(going.exit[1])] if going.exit[1] < len(places) else [])
+    change = curve(places, going.change.tolist(), "relative change of the features", ROLES["ours"],
+                   markers=True)
+    moved = panel([change], (0, bottom[1], 1, bottom[3]), "How far the trigger moves the features",
+                  dict(title=dict(text="block"), dtick=1 if len(places) < 16 else 4),
+                  dict(title=dict(text="relative change, L2"), rangemode="tozero"),
+                  [upright(going.exit[1])] if going.exit[1] < len(places) else [])
     return board(*said, moved, barmode="stack", height=560)
 
 
-def walk_images(going: Walk) -> list[bytes]:  # PNG: the two versions and their difference; the change after each block
+def walk_images(going: Walk) -> list[bytes]:  # PNG: versions, difference; change after each block
     "What the network sees, and where its features move."
     clean, altered = going.image
     pictures = {"as it is": clean, "with the trigger": altered, "difference": (altered - clean).abs()}
