@@ -64,7 +64,7 @@ def read_settings(
         values[name] = text if name in kind.fields() and kind.fields()[name][0] is str else literal(text)
     return values
 
-# %% ../nbs/cli.ipynb #df1aab96
+# %% ../nbs/cli.ipynb #b5bde9ed
 NAME_DATA = ("dataset", "recording", "streams")  # settings that say which data are read
 
 
@@ -99,7 +99,8 @@ def check_data(
         if not card.layout and config.data:
             raise ConfigError(f"{card.name} comes with the install and reads no folder: leave out --data.")
         if card.layout and not config.data:
-            raise ConfigError(f"{card.name} is not part of the install: give your copy as --data FOLDER.\n{card}")
+            raise ConfigError(f"{card.name} is not part of the install: give your copy as --data FOLDER.\n"
+                              f"{card}")
 
 
 def check_device(

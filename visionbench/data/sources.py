@@ -27,22 +27,25 @@ class Source:
         if self.layout: lines.append("  layout    under the folder you give as data:")
         return "\n".join(lines + [f"            {line}" for line in self.layout.splitlines()])
 
-# %% ../../nbs/data/sources.ipynb #6a3a8ddf
+# %% ../../nbs/data/sources.ipynb #23dfb420
 OWN = (
     Source("simulated", "simulated V1 neurons looking at patches of real photographs",
            "comes with the install (photographs of scikit-learn and scikit-image)",
            "photographs: as listed by scikit-learn and scikit-image beside the files", ""),
-    Source("antolik2016", "two-photon responses of mouse V1 to natural scenes, three regions of 55 to 103 neurons",
+    Source("antolik2016",
+           "two-photon responses of mouse V1 to natural scenes, three regions of 55 to 103 neurons",
            "supporting file S1 of the article, a zip; unpack it", ANTOLIK,
            "Data/region1/training_inputs.npy, training_set.npy\n"
            "Data/region1/validation_inputs.npy, raw_validation_set.npy   (and region2, region3)"),
     Source("sensorium", "one static scan of mouse visual cortex, thousands of neurons",
            "the Sensorium 2022 competition; unpack one scan", "as stated with the scan",
-           "data/images/0.npy …, data/responses/0.npy …\nmeta/trials/tiers.npy, frame_image_id.npy, meta/neurons/unit_ids.npy"),
+           "data/images/0.npy …, data/responses/0.npy …\n"
+           "meta/trials/tiers.npy, frame_image_id.npy, meta/neurons/unit_ids.npy"),
     Source("npz", "a recording of your own in one file", "yours", "yours",
            "the file itself is what you give as data: images (I,C,H,W), responses (I,N),\n"
            "and best also test_images (J,C,H,W), test_trials (R,J,N)"),
-    Source("folder", "images of your own; CIFAR-100, Tiny-ImageNet and the other sets are recognised", "yours", "yours",
+    Source("folder", "images of your own; CIFAR-100, Tiny-ImageNet and the other sets are recognised",
+           "yours", "yours",
            "train/CLASS/*.png and val/CLASS/*.png (or test/), or CLASS/*.png alone"),
 )
 
