@@ -1,4 +1,7 @@
-"""Continual learning end to end: the quick run's claims, positive and negative, dry runs of the paper preset on real layouts, and a killed run that goes on."""
+"""Continual learning end to end.
+
+The quick run's claims, positive and negative, dry runs of the paper preset on real layouts, and a killed run
+that goes on."""
 import json
 import math
 import os
@@ -23,7 +26,8 @@ from visionbench.train.checkpoint import digest
 
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = ["system", "name", "source", "statement", "published", "measured", "sd", "seeds", "holds"]
-ELSEWHERE = [c.name for c in CLAIMS if c.name.startswith("long_stream")] + ["cifar100_lwf"]  # the quick run cannot tell
+# the quick run cannot tell
+ELSEWHERE = [c.name for c in CLAIMS if c.name.startswith("long_stream")] + ["cifar100_lwf"]
 NEGATIVE = ["local_tie", "not_above_ewc", "class_incremental_fails", "class_incremental_tie"]
 
 
@@ -35,7 +39,8 @@ def quick(tmp_path_factory):
 
 def results(run, member):
     """What the replicas of a member left in their files."""
-    return [json.loads((run.path / "checkpoints" / member / f"replica-{r}.json").read_text()) for r in range(run.settings["replicas"])]
+    return [json.loads((run.path / "checkpoints" / member / f"replica-{r}.json").read_text())
+            for r in range(run.settings["replicas"])]
 
 
 def ends(run, member, kind="task"):
@@ -46,7 +51,8 @@ def ends(run, member, kind="task"):
 @pytest.mark.slow
 def test_quick_is_the_settings_the_bounds_were_measured_with(quick):
     c = PlwfConfig.quick()
-    assert (c.streams, c.networks, c.increments, c.epochs, c.lrs, c.lams, c.temperature) == (("mnist5k",), ("cnn-small",), (2,), (4,), (.02,), (2.,), 2.)
+    assert ((c.streams, c.networks, c.increments, c.epochs, c.lrs, c.lams, c.temperature)
+            == (("mnist5k",), ("cnn-small",), (2,), (4,), (.02,), (2.,), 2.))
     assert c.replicas >= 5 and quick.settings["hash"] == c.hash and c.class_order == "replica"
 
 
@@ -54,28 +60,35 @@ def test_quick_is_the_settings_the_bounds_were_measured_with(quick):
 @pytest.mark.parametrize("name", [c.name for c in CLAIMS if c.name not in ("quick_time", *ELSEWHERE)])
 def test_claim_holds(quick, name):
     (record,) = [c for c in quick.claims if c["name"] == name]
-    assert record["holds"] is True and math.isfinite(record["measured"]), json.dumps(record, indent=1, ensure_ascii=False)
+    assert record["holds"] is True and math.isfinite(record["measured"]), json.dumps(
+        record, indent=1, ensure_ascii=False)
 
 
 @pytest.mark.slow
 def test_records(quick):
-    assert [c["name"] for c in quick.claims] == [c.name for c in CLAIMS] and len({c.name for c in CLAIMS}) == len(CLAIMS)
+    assert ([c["name"] for c in quick.claims] == [c.name for c in CLAIMS]
+            and len({c.name for c in CLAIMS}) == len(CLAIMS))
     for record, claim in zip(quick.claims, CLAIMS):
-        assert list(record) == FIELDS and record["system"] == "plwf" and record["statement"] == claim.statement and record["source"]
+        assert (list(record) == FIELDS and record["system"] == "plwf"
+                and record["statement"] == claim.statement and record["source"])
         assert record["seeds"] == ([] if record["holds"] is None else [0])
-    assert [c["name"] for c in quick.claims if c["holds"] is None] == ELSEWHERE and set(NEGATIVE) <= {c.name for c in CLAIMS}
+    assert ([c["name"] for c in quick.claims if c["holds"] is None] == ELSEWHERE
+            and set(NEGATIVE) <= {c.name for c in CLAIMS})
 
 
 @pytest.mark.slow
 def test_claims_by_hand_from_the_files(quick):
     told = {c["name"]: c["measured"] for c in quick.claims}
-    e = {m: ends(quick, f"mnist5k-seen-{m}") for m in ("fine-tune", "joint", "lwf-2", "plwf-2", "plwf+credit-2", "ewc")}
-    assert told["fine_tuning_forgets"] == pytest.approx(e["fine-tune"].mean()) and told["joint_learns_all"] == pytest.approx(e["joint"].mean())
+    e = {m: ends(quick, f"mnist5k-seen-{m}")
+         for m in ("fine-tune", "joint", "lwf-2", "plwf-2", "plwf+credit-2", "ewc")}
+    assert (told["fine_tuning_forgets"] == pytest.approx(e["fine-tune"].mean())
+            and told["joint_learns_all"] == pytest.approx(e["joint"].mean()))
     assert told["all_teachers_help"] == pytest.approx((e["plwf-2"] - e["lwf-2"]).mean())
     assert told["credit_beats_lwf"] == pytest.approx((e["plwf+credit-2"] - e["lwf-2"]).mean())
     assert told["not_above_ewc"] == pytest.approx((e["plwf-2"] - e["ewc"]).mean())
     local = [ends(quick, f"mnist5k-local-{m}", kind) for kind in ("task", "cls") for m in ("plwf-2", "lwf-2")]
-    assert told["local_tie"] == pytest.approx((local[0] - local[1]).mean()) and told["class_incremental_tie"] == pytest.approx((local[2] - local[3]).mean())
+    assert (told["local_tie"] == pytest.approx((local[0] - local[1]).mean())
+            and told["class_incremental_tie"] == pytest.approx((local[2] - local[3]).mean()))
     best = max(ends(quick, f"mnist5k-seen-{m}", "cls").mean() for m in e if m != "joint")
     assert told["class_incremental_fails"] == pytest.approx(best - .2)
     def lost(member):
@@ -119,18 +132,24 @@ def test_networks_answer_as_they_were_judged(quick):
         assert z.shape == (1000, 2 * t + 2)
         for k in range(t + 1):
             mine = block == k
-            assert (z[mine].argmax(1) == images.label[mine]).double().mean().item() == pytest.approx(told["cls"][t][k])
-            assert (z[mine][:, 2*k:2*k + 2].argmax(1) + 2*k == images.label[mine]).double().mean().item() == pytest.approx(told["task"][t][k])
+            assert ((z[mine].argmax(1) == images.label[mine]).double().mean().item()
+                    == pytest.approx(told["cls"][t][k]))
+            assert ((z[mine][:, 2*k:2*k + 2].argmax(1) + 2*k == images.label[mine]).double().mean().item()
+                    == pytest.approx(told["task"][t][k]))
 
 
 PAPER = dict(limit_batches=1, epochs=(1,), replicas=1, device="cpu", threads=1, local_methods=("lwf",))
 DRY = {
-    "cifar100": (lambda folder: write_cifar100_fixture(folder, 2), dict(increments=(25,), methods=("plwf+credit", "joint"))),
-    "twenty tasks": (lambda folder: write_cifar100_fixture(folder, 1), dict(increments=(5,), search_lambda=False, methods=("plwf",), local_methods=())),
-    "other methods": (lambda folder: write_cifar100_fixture(folder, 1), dict(increments=(50,), search_lambda=False, fisher_samples=2,
-                                                                           methods=("fine-tune", "ewc", "si", "mas", "gpm", "agem"), local_methods=())),
-    "tiny": (lambda folder: write_tiny_imagenet_fixture(folder, 2, 400), dict(increments=(100,), image_size=64, search_lambda=False,
-                                                                             methods=("plwf+credit",), local_methods=())),
+    "cifar100": (lambda folder: write_cifar100_fixture(folder, 2),
+                 dict(increments=(25,), methods=("plwf+credit", "joint"))),
+    "twenty tasks": (lambda folder: write_cifar100_fixture(folder, 1),
+                     dict(increments=(5,), search_lambda=False, methods=("plwf",), local_methods=())),
+    "other methods": (lambda folder: write_cifar100_fixture(folder, 1),
+                      dict(increments=(50,), search_lambda=False, fisher_samples=2,
+                           methods=("fine-tune", "ewc", "si", "mas", "gpm", "agem"), local_methods=())),
+    "tiny": (lambda folder: write_tiny_imagenet_fixture(folder, 2, 400),
+             dict(increments=(100,), image_size=64, search_lambda=False, methods=("plwf+credit",),
+                  local_methods=())),
 }
 
 
@@ -145,7 +164,8 @@ def test_the_paper_preset_runs_on_files_in_their_real_layout(which, tmp_path):
     T = classes // changes["increments"][0]
     assert run.state == "done" and rows.task_of.max() == T - 1 and rows.value.between(0, 1).all()
     assert all(c["holds"] is None for c in run.claims)
-    assert all(len(member_snapshots(run, m)) == (1 if "joint" in m else T) and net.classes == classes for m, net in networks(run).items())
+    assert all(len(member_snapshots(run, m)) == (1 if "joint" in m else T) and net.classes == classes
+               for m, net in networks(run).items())
     if which == "cifar100":
         assert {*run.metrics[run.metrics["stage"] == "search"].task} == {1, 2, 3}
         assert run_images(run).classes[0] != run_images(run).classes[1] and len(run_images(run)) == 200
@@ -157,8 +177,9 @@ from visionbench.systems.plwf import fit as room
 from visionbench.systems.plwf.config import PlwfConfig
 from visionbench.train.learner import Learner
 
-config = PlwfConfig.start("quick", streams=("digits",), networks=("mlp",), hidden=8, epochs=(2,), replicas=2, lams=(1.,), limit_batches=4,
-                          methods=("lwf", "plwf+credit", "ewc"), local_methods=("lwf",), device="cpu")
+config = PlwfConfig.start("quick", streams=("digits",), networks=("mlp",), hidden=8, epochs=(2,), replicas=2,
+                          lams=(1.,), limit_batches=4, methods=("lwf", "plwf+credit", "ewc"),
+                          local_methods=("lwf",), device="cpu")
 usual, steps = Learner.one_batch, [0]
 
 def one_batch(self):
@@ -178,17 +199,21 @@ def killed(out, step):
 
 root, deadly = sys.argv[1], -1
 print(killed(f"{root}/killed", 130), killed(f"{root}/killed", 60))
-for name in ("whole", "killed"): steps[0] = 0; print(room.fit(config.replace(out=f"{root}/{name}")).path, steps[0])
+for name in ("whole", "killed"):
+    steps[0] = 0
+    print(room.fit(config.replace(out=f"{root}/{name}")).path, steps[0])
 '''
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_with_the_same_rows(tmp_path):
-    """Killed in the fourth member and again in the second it tried: what was finished is not trained again."""
+    """Killed in the fourth member and again in the second it tried.
+
+    What was finished is not trained again."""
     (tmp_path / "resume.py").write_text(RESUME)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    process = subprocess.Popen([sys.executable, tmp_path / "resume.py", tmp_path], env=env, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen([sys.executable, tmp_path / "resume.py", tmp_path], env=env, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     try:
         out, err = process.communicate(timeout=240)
     except subprocess.TimeoutExpired:
@@ -197,9 +222,12 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_rows(tmp_path):
     assert process.returncode == 0, out + err
     signals, *lines = out.splitlines()
     assert signals.split() == [str(-signal.SIGKILL)] * 2, out + err
-    (whole, all_steps), (again, last_steps) = ((Run.open(path), int(n)) for path, n in (line.rsplit(" ", 1) for line in lines))
-    assert all_steps == 8 * 5 * 8 and last_steps == (8 - 3 - 1) * 5 * 8  # 40 steps a member: three done before the first end, one before the second
+    (whole, all_steps), (again, last_steps) = ((Run.open(path), int(n))
+                                               for path, n in (line.rsplit(" ", 1) for line in lines))
+    # 40 steps a member: three done before the first end, one before the second
+    assert all_steps == 8 * 5 * 8 and last_steps == (8 - 3 - 1) * 5 * 8
     tables = [r.metrics[r.metrics["stage"] != "cost"].reset_index(drop=True) for r in (whole, again)]
     pd.testing.assert_frame_equal(*tables, check_exact=True)
-    files = [sorted((p.relative_to(r.path), digest(load_file(p))) for p in r.path.rglob("*.safetensors")) for r in (whole, again)]
+    files = [sorted((p.relative_to(r.path), digest(load_file(p))) for p in r.path.rglob("*.safetensors"))
+             for r in (whole, again)]
     assert files[0] == files[1] and len(files[0]) == 20 and again.state == "done"

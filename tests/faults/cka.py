@@ -1,4 +1,6 @@
-"""Bad input to CKA, the CCA family, shape distances, activations and profiles: the message says what was given and expected."""
+"""Bad input to CKA, the CCA family, shape distances, activations and profiles.
+
+The message says what was given and expected."""
 import re
 import warnings
 
@@ -27,7 +29,8 @@ def normal(seed, *shape):
 def test_shapes(f):
     with says("x: 3 stimuli in (3, 5), expected at least 4"): f(normal(0, 3, 5), normal(1, 3, 5))
     with says("y: 2 stimuli"): f(normal(0, 9, 5), normal(1, 2, 5))
-    with says("x (8, 5) and y (9, 5): expected (…,n,p) and (…,n,q) with the same n stimuli"): f(normal(0, 8, 5), normal(1, 9, 5))
+    with says("x (8, 5) and y (9, 5): expected (…,n,p) and (…,n,q) with the same n stimuli"):
+        f(normal(0, 8, 5), normal(1, 9, 5))
     with says("x (2, 8, 5) and y (3, 8, 5)"): f(normal(0, 2, 8, 5), normal(1, 3, 8, 5))
     with says("y: torch.float64 (8,) given, expected real numbers"): f(normal(0, 8, 5), normal(1, 8))
     with says("(8, 0) given"): f(normal(0, 8, 5), np.empty((8, 0)))
@@ -51,8 +54,10 @@ def test_a_constant_layer_is_similar_to_nothing_and_named(f, dtype, constant):
     x = normal(0, 3, 12, 50).astype(dtype)
     x[1] = constant
     other = normal(1, 12, 6)
-    with pytest.warns(UserWarning, match="x, layer 1: all stimuli give the same features"): value = f(x, other)
-    assert value[1] == (pytest.approx(np.pi/2) if f is procrustes else 0) and np.isfinite(value).all() and value[0] > -1
+    with pytest.warns(UserWarning, match="x, layer 1: all stimuli give the same features"):
+        value = f(x, other)
+    assert (value[1] == (pytest.approx(np.pi/2) if f is procrustes else 0) and np.isfinite(value).all()
+            and value[0] > -1)
     with pytest.warns(UserWarning, match="y: all stimuli give the same"): assert np.isfinite(f(other, x[1]))
     with pytest.warns(UserWarning): assert np.isfinite(f(x[1], x[1]))
 
@@ -62,7 +67,8 @@ def test_a_constant_layer_is_similar_to_nothing_and_named(f, dtype, constant):
 def test_wide_constant_float32_layers_are_found_in_spite_of_rounding(kernel, debiased):
     """The float32 mean of 200 000 equal features is not that number; the layer is constant all the same."""
     x = torch.full((37, 200_000), .1) * torch.linspace(.5, 3, 200_000)
-    with pytest.warns(UserWarning, match="x: all stimuli"): assert cka(x, normal(0, 37, 3), kernel, debiased) == 0
+    with pytest.warns(UserWarning, match="x: all stimuli"):
+        assert cka(x, normal(0, 37, 3), kernel, debiased) == 0
     x[5:20, 7] += .01
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*all stimuli")
@@ -70,10 +76,13 @@ def test_wide_constant_float32_layers_are_found_in_spite_of_rounding(kernel, deb
 
 
 def test_stimuli_that_are_equally_far_apart():
-    """One-hot codes hold no structure once the diagonal is left out; the biased estimator sees its own diagonal."""
+    """One-hot codes hold no structure once the diagonal is left out.
+
+    The biased estimator sees its own diagonal."""
     with pytest.warns(UserWarning, match="x: all stimuli give the same features, or are equally far apart"):
         assert cka(np.eye(10), normal(0, 10, 3)) == 0
-    with pytest.warns(UserWarning, match="biased CKA from 10 stimuli"): assert cka(np.eye(10), normal(0, 10, 3), debiased=False) > .1
+    with pytest.warns(UserWarning, match="biased CKA from 10 stimuli"):
+        assert cka(np.eye(10), normal(0, 10, 3), debiased=False) > .1
 
 
 def test_repeated_stimuli_keep_rbf_finite():
@@ -93,8 +102,9 @@ def test_extreme_scales_in_float32(scale):
 
 
 @pytest.mark.parametrize("options,text", [
-    (dict(kernel="poly"), "kernel='poly', expected 'linear' or 'rbf'"), (dict(sigma=0), "sigma=0, expected above 0"),
-    (dict(kernel="rbf", sigma=-1.), "sigma=-1.0"), (dict(sigma=np.nan), "sigma=nan")])
+    (dict(kernel="poly"), "kernel='poly', expected 'linear' or 'rbf'"),
+    (dict(sigma=0), "sigma=0, expected above 0"), (dict(kernel="rbf", sigma=-1.), "sigma=-1.0"),
+    (dict(sigma=np.nan), "sigma=nan")])
 def test_options_of_cka(options, text):
     with says(text): cka(normal(0, 9, 3), normal(1, 9, 3), **options)
     with says(text): CKAMatrix("a", "b", **options).update([normal(0, 9, 3)], [normal(1, 9, 3)])
@@ -114,16 +124,19 @@ def test_options_of_the_others():
 
 def test_biased_with_few_samples_warns_and_debiased_does_not():
     x, y = normal(0, 20, 30), normal(1, 20, 40)
-    with pytest.warns(UserWarning, match=r"biased CKA from 20 stimuli: unrelated data would give about 0\.6\d .*use debiased=True"):
+    with pytest.warns(UserWarning, match=r"biased CKA from 20 stimuli: "
+                      r"unrelated data would give about 0\.6\d .*use debiased=True"):
         cka(x, y, debiased=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cka(x, y)
-        cka(normal(0, 500, 3), normal(1, 500, 4), debiased=False), "few features, many stimuli: no bias to speak of"
+        (cka(normal(0, 500, 3), normal(1, 500, 4), debiased=False),
+         "few features, many stimuli: no bias to speak of")
 
 
 def test_too_few_stimuli_for_cca_warn():
-    with pytest.warns(UserWarning, match="9 canonical correlations are 1 for any data: ranks 9 and 9 with 10 stimuli"):
+    with pytest.warns(UserWarning,
+                      match="9 canonical correlations are 1 for any data: ranks 9 and 9 with 10 stimuli"):
         assert cca(normal(0, 10, 20), normal(1, 10, 30)) == pytest.approx(1)
 
 
@@ -174,7 +187,8 @@ def test_a_layer_that_is_dead_in_one_batch_only():
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.conv, self.relu, self.fc, self.unused = nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Linear(16, 3), nn.Linear(2, 2)
+        self.conv, self.relu, self.fc, self.unused = (nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Linear(16, 3),
+                                                      nn.Linear(2, 2))
         self.text = nn.Identity()
 
     def forward(self, x):
@@ -184,7 +198,8 @@ class Net(nn.Module):
 
 def test_layer_names():
     net, x = Net(), torch.rand(6, 1, 4, 4)
-    with says("Net: unknown layer 'cnv'. Did you mean 'conv'? Known: conv, fc, relu, text, unused."): activations(net, x, "cnv")
+    with says("Net: unknown layer 'cnv'. Did you mean 'conv'? Known: conv, fc, relu, text, unused."):
+        activations(net, x, "cnv")
     with says("Net: unknown layer 'block*'. Known: conv,"): activations(net, x, ["conv", "block*"])
     with says("layer 'unused' gave no tensor in this pass"): activations(net, x, "unused")
     with says("layer 'relu:1' gave no tensor"): activations(net, x, "relu:1")
@@ -193,14 +208,16 @@ def test_layer_names():
     with says("none of the layers asked for ran"): activations(net, x, "un*")
     with says("layers is empty"): activations(net, x, [])
     with says("ReLU: no inner layer has weights"): activations(nn.ReLU(), x)
-    assert list(activations(net, x, "*")) == ["conv", "relu", "fc"] and list(activations(net, x)) == ["conv", "fc"]
+    assert (list(activations(net, x, "*")) == ["conv", "relu", "fc"]
+            and list(activations(net, x)) == ["conv", "fc"])
 
 
 def test_images():
     net = Net()
     with says("batch has label, id, expected a tensor under 'image'"): activations(net, {"label": 1, "id": 2})
     with says("images (4,) given, expected (B,…)"): activations(net, torch.rand(4))
-    with says("pool='max', expected 'flatten', 'mean', a function or None"): activations(net, torch.rand(2, 1, 4, 4), pool="max")
+    with says("pool='max', expected 'flatten', 'mean', a function or None"):
+        activations(net, torch.rand(2, 1, 4, 4), pool="max")
 
 
 def test_layers_without_a_row_for_each_image():
@@ -211,7 +228,8 @@ def test_layers_without_a_row_for_each_image():
         def forward(self, x): return self.head(self.inner(x.reshape(-1, 4)).reshape(len(x), -1, 4).mean(1))
     net, x = Windows(), torch.rand(5, 3, 4)
     with says("layer 'inner' gives (15, 4), expected 5 images first"): activations(net, x, "inner")
-    with pytest.warns(UserWarning, match="left out, their first axis is not 5 images: inner"): assert list(activations(net, x)) == ["head"]
+    with pytest.warns(UserWarning, match="left out, their first axis is not 5 images: inner"):
+        assert list(activations(net, x)) == ["head"]
 
 
 def test_hooks_and_modes_are_put_back_after_an_error():
@@ -228,13 +246,15 @@ def test_hooks_and_modes_are_put_back_after_an_error():
 
 def test_arguments_of_a_profile():
     net, x, y = Net(), torch.rand(20, 1, 4, 4), normal(0, 20, 5)
-    with says("unknown measure 'rsm'. Did you mean 'rsa'? Known: cca, cka,"): similarity_profile(net, y, x, measures="rsm")
+    with says("unknown measure 'rsm'. Did you mean 'rsa'? Known: cca, cka,"):
+        similarity_profile(net, y, x, measures="rsm")
     with says("Net: unknown layer 'con'"): similarity_profile(net, y, x, "con")
     with says("Net: unknown layer 'f'"): similarity_profile(net, Net(), x, "fc", "f")
     with says("more images than the 19 responses"): similarity_profile(net, y[:19], x)
     with says("20 images given for 21 responses"): similarity_profile(net, normal(0, 21, 5), x)
     with says("responses: torch.float64 (20,) given"): similarity_profile(net, y[:, 0], x)
-    with says("responses (1, 2, 20, 5) given, expected (n,N) or trials (R,n,N)"): similarity_profile(net, y[None, None].repeat(2, 1), x)
+    with says("responses (1, 2, 20, 5) given, expected (n,N) or trials (R,n,N)"):
+        similarity_profile(net, y[None, None].repeat(2, 1), x)
     with says("no images"): similarity_profile(net, Net(), [])
     with says("no images"): similarity_profile(net, Net(), x[:0])
     with says("'conv': 3 stimuli in (3, 16)"): similarity_profile(net, Net(), x[:3])
@@ -247,8 +267,10 @@ def test_arguments_of_a_profile():
 def test_a_small_last_batch_is_left_out_and_said():
     net = Net()
     with pytest.warns(UserWarning, match="a batch of 2 images is left out of CKA, which needs 4"):
-        short = similarity_profile(net, net, torch.rand(18, 1, 4, 4, generator=torch.Generator().manual_seed(0)).split(8))
-    whole = similarity_profile(net, net, torch.rand(18, 1, 4, 4, generator=torch.Generator().manual_seed(0))[:16].split(8))
+        short = similarity_profile(
+            net, net, torch.rand(18, 1, 4, 4, generator=torch.Generator().manual_seed(0)).split(8))
+    whole = similarity_profile(
+        net, net, torch.rand(18, 1, 4, 4, generator=torch.Generator().manual_seed(0))[:16].split(8))
     assert short.equals(whole)
 
 
@@ -258,6 +280,8 @@ def test_dead_layers_of_a_profile_are_named():
     with pytest.warns(UserWarning, match="first, layer fc: all stimuli give the same"):
         table = similarity_profile(net, normal(0, 20, 5), x, measures="cka")
     assert table.set_index("layer_a").value["fc"] == 0
-    with pytest.warns(UserWarning, match="layers_a, layer fc: all stimuli give the same"): similarity_profile(net, net, x)
+    with pytest.warns(UserWarning, match="layers_a, layer fc: all stimuli give the same"):
+        similarity_profile(net, net, x)
     nn.init.constant_(net.conv.bias, -10)
-    with says("rsa of 'relu' by correlation distance: the response to stimulus"): similarity_profile(net, normal(0, 20, 5), x, "relu", measures="rsa")
+    with says("rsa of 'relu' by correlation distance: the response to stimulus"):
+        similarity_profile(net, normal(0, 20, 5), x, "relu", measures="rsa")

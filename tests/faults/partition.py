@@ -34,10 +34,13 @@ def stream(train=range(4), test=range(4), x=None, **changes):
     (dict(tasks=[[0], [4]]), "class 4 is unknown: expected a name, or 0 … 3"),
     (dict(tasks=[[-1]]), "class -1 is unknown"),
     (dict(class_order=[0, 1, 1, 2]), "class 1 .* is in task 0 and in task 1"),
-    (dict(class_order=[0, 1, 5]), "class 5 is unknown"), (dict(class_order="icarl"), r"class_order='icarl': expected a seed"),
+    (dict(class_order=[0, 1, 5]), "class 5 is unknown"),
+    (dict(class_order="icarl"), r"class_order='icarl': expected a seed"),
     (dict(class_order=-1), "Seed must be between"), (dict(class_order=[]), "first task of at most 0 classes"),
-    (dict(increment=0), "increment=0, base=0: expected at least 1"), (dict(increment=-2, base=2), "increment=-2"),
-    (dict(increment=5), "increment=5, base=5: .*at most 4 classes"), (dict(base=5), "base=5.*at most 4 classes"),
+    (dict(increment=0), "increment=0, base=0: expected at least 1"),
+    (dict(increment=-2, base=2), "increment=-2"),
+    (dict(increment=5), "increment=5, base=5: .*at most 4 classes"),
+    (dict(base=5), "base=5.*at most 4 classes"),
     (dict(base=0), "base=0"),
 ])
 def test_impossible_tasks_are_refused(changes, message):
@@ -46,7 +49,8 @@ def test_impossible_tasks_are_refused(changes, message):
 
 
 @pytest.mark.parametrize("train,test,message", [
-    ([0, 1, 3], [0, 1, 3], r"class 2 \('2'\) has 0 training and 0 test images: number the classes 0 … K-1 without gaps"),
+    ([0, 1, 3], [0, 1, 3],
+     r"class 2 \('2'\) has 0 training and 0 test images: number the classes 0 … K-1 without gaps"),
     ([0, 1, 2], [0, 1, 2, 3], r"class 3 \('3'\) has 0 training and 3 test images"),
     ([0, 1, 2, 3], [0, 1, 2], r"class 3 \('3'\) has 3 training and 0 test images"),
     ([1, 2], [1, 2], r"class 0 \('0'\) has 0"), ([0, -1], [0, 1], r"labels -1..0 do not fit 2 class names"),
@@ -62,8 +66,10 @@ def test_a_gap_may_be_left_out_on_purpose():
 
 @pytest.mark.parametrize("x,message", [
     (np.zeros((12, 4, 4)), r"x_train: expected \(N,C,H,W\), got \(12, 4, 4\); grey has C=1"),
-    (np.full((12, 1, 4, 4), 255.), "must lie in .* divide bytes by 255"), (np.full((12, 1, 4, 4), np.nan), "nan"),
-    (np.zeros((12, 1, 4, 4), np.int64), "uint8 or float32, got torch.int64"), (np.zeros((9, 1, 4, 4), np.uint8), r"\(9,\) int64"),
+    (np.full((12, 1, 4, 4), 255.), "must lie in .* divide bytes by 255"),
+    (np.full((12, 1, 4, 4), np.nan), "nan"),
+    (np.zeros((12, 1, 4, 4), np.int64), "uint8 or float32, got torch.int64"),
+    (np.zeros((9, 1, 4, 4), np.uint8), r"\(9,\) int64"),
     (np.zeros((0, 1, 4, 4), np.uint8), "at least one image"),
 ])
 def test_wrong_pixels_are_refused(x, message):
@@ -94,7 +100,8 @@ def test_a_smaller_last_task_warns_and_still_works():
 
 
 def test_names_of_streams_orders_and_splits():
-    with pytest.raises(ValueError, match=r"stream 'mnist' is unknown: there are \['digits', 'mnist5k', 'glyphs'\]"):
+    with pytest.raises(ValueError,
+                       match=r"stream 'mnist' is unknown: there are \['digits', 'mnist5k', 'glyphs'\]"):
         TaskStream.builtin("mnist")
     with pytest.raises(ValueError, match="increment=0"):
         TaskStream.builtin("digits", increment=0)
@@ -106,8 +113,9 @@ def test_names_of_streams_orders_and_splits():
         arrival_order("random", NAMES)
 
 
-@pytest.mark.parametrize("fraction,message", [(0, "strictly between 0 and 1"), (1, "strictly between"), (.1, "task 0: fraction=0.1 .*without"),
-                                              (.9, "without training or validation")])
+@pytest.mark.parametrize("fraction,message", [
+    (0, "strictly between 0 and 1"), (1, "strictly between"), (.1, "task 0: fraction=0.1 .*without"),
+    (.9, "without training or validation")])
 def test_a_validation_share_must_leave_both_parts(fraction, message):
     made = stream()
     if fraction == .1:  # a tenth of three images is rounded up to one, so ask of one-image classes
@@ -184,14 +192,17 @@ def test_cifar100_with_missing_files(cifar):
         TaskStream.from_folder(cifar)
     assert len(read_cifar100(cifar)) == 100
     (cifar / "meta").unlink()
-    with pytest.raises(FileNotFoundError, match="cifar100: looked in .*expected meta there or in its cifar-100-python"):
+    with pytest.raises(FileNotFoundError,
+                       match="cifar100: looked in .*expected meta there or in its cifar-100-python"):
         read_cifar100(cifar)
 
 
 @pytest.mark.parametrize("content,message", [
     (b"", "EOFError"), (pickle.dumps({b"data": 1}, 2), "fine_labels"),
-    (pickle.dumps({b"data": np.zeros((2, 3072)), b"fine_labels": [0, 1]}, 2), r"\(2, 3072\) float64 for 2 labels"),
-    (pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"fine_labels": [100]}, 2), "labels 100..100 do not fit 100"),
+    (pickle.dumps({b"data": np.zeros((2, 3072)), b"fine_labels": [0, 1]}, 2),
+     r"\(2, 3072\) float64 for 2 labels"),
+    (pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"fine_labels": [100]}, 2),
+     "labels 100..100 do not fit 100"),
 ])
 def test_cifar100_with_a_damaged_file(cifar, content, message):
     (cifar / "train").write_bytes(content)
