@@ -1,7 +1,8 @@
-"""Reference values on real recordings of mouse V1, and that our measures order three descriptions of the stimuli as they should.
+"""Real recordings of mouse V1: reference values, and our measures order three descriptions as they should.
 
-Antolík, Hofer, Bednar, Mrsic-Flogel, PLoS Computational Biology 12(6): e1004927 (2016), supporting file S1, CC BY 4.0: the three
-test sets of 50 images with 8 to 12 repeats. The file is no part of the distribution; without it these tests are skipped.
+Antolík, Hofer, Bednar, Mrsic-Flogel, PLoS Computational Biology 12(6): e1004927 (2016), supporting file S1,
+CC BY 4.0: the three test sets of 50 images with 8 to 12 repeats. The file is no part of the distribution;
+without it these tests are skipped.
 """
 import numpy as np
 import pytest
@@ -21,12 +22,15 @@ REGIONS = pytest.mark.parametrize("region", [1, 2, 3])
 @pytest.fixture(scope="module")
 def recordings():
     """Region → (images (50,31,31) in [0,1], trials (R,50,N))."""
-    if not FILE.exists(): pytest.skip(f"the recordings {FILE.name} are not in shared/data beside the checkout")
-    with np.load(FILE) as f: return {k: (f[f"images_region{k}"]/255, f[f"responses_region{k}"].astype(float)) for k in (1, 2, 3)}
+    if not FILE.exists():
+        pytest.skip(f"the recordings {FILE.name} are not in shared/data beside the checkout")
+    with np.load(FILE) as f:
+        return {k: (f[f"images_region{k}"]/255, f[f"responses_region{k}"].astype(float)) for k in (1, 2, 3)}
 
 
 def gabor_bank():
-    """1200 filters (1200, 961): wavelengths 6, 10, 16 px × 5 × 5 centres × 8 orientations × 2 phases in quadrature, no mean, norm 1."""
+    """1200 filters (1200, 961): wavelengths 6, 10, 16 px × 5 × 5 centres × 8 orientations × 2 phases in
+    quadrature, no mean, norm 1."""
     y, x = np.mgrid[-15:16, -15:16]
     filters = []
     for wavelength in (6, 10, 16):
@@ -51,7 +55,8 @@ def described(recordings):
         a = pixels @ bank.T
         simple = np.concatenate([a.clip(0), (-a).clip(0)], 1)  # both signs: a unit for each contrast polarity
         energy = np.sqrt(a[:, ::2]**2 + a[:, 1::2]**2)
-        out[region] = dict(pixels=pixels, simple=simple, energy=energy), trials/(np.sqrt(noise_variance(trials)) + 1e-9)
+        out[region] = (dict(pixels=pixels, simple=simple, energy=energy),
+                       trials/(np.sqrt(noise_variance(trials)) + 1e-9))
     return out
 
 
@@ -59,15 +64,18 @@ def test_what_the_file_holds(recordings):
     shapes = {k: trials.shape for k, (_, trials) in recordings.items()}
     assert shapes == {1: (10, 50, 103), 2: (8, 50, 55), 3: (12, 50, 102)}
     assert all((trials >= 0).all() for _, trials in recordings.values())
-    assert np.array_equal(recordings[1][0], recordings[2][0]) and not np.array_equal(recordings[1][0], recordings[3][0])
+    assert (np.array_equal(recordings[1][0], recordings[2][0])
+            and not np.array_equal(recordings[1][0], recordings[3][0]))
 
 
 @REGIONS
 def test_reliability_of_the_recordings(recordings, region):
-    """Median noise power, mean jackknife oracle and mean split-half, to the three digits of the published files' statistics."""
+    """Median noise power, mean jackknife oracle and mean split-half, to the three digits of the published
+    files' statistics."""
     expected = {1: (.781, .388, .696), 2: (.834, .296, .564), 3: (.802, .355, .673)}[region]
     trials = recordings[region][1]
-    got = np.median(normalized_noise_power(trials)), oracle_correlation(trials).mean(), split_half(trials).mean()
+    got = (np.median(normalized_noise_power(trials)), oracle_correlation(trials).mean(),
+           split_half(trials).mean())
     assert tuple(np.round(got, 3)) == expected
     row = recording_summary(trials)
     assert (row["nnp"], row["oracle"], row["rho_sb"]) == pytest.approx(got, rel=1e-9)
@@ -82,7 +90,9 @@ def test_other_splits_give_the_same_reliability(recordings, region):
 
 @REGIONS
 def test_responses_of_the_test_sets(recordings, region):
-    """Mean response, median share of zeros, median variance over mean of all single responses; recorded from this file, in numpy."""
+    """Mean response, median share of zeros, median variance over mean of all single responses.
+
+    Recorded from this file, in numpy."""
     expected = {1: (.617, .498, 2.089), 2: (.537, .480, 1.674), 3: (.660, .514, 2.349)}[region]
     row = recording_summary(recordings[region][1])
     assert (row["mean"], row["zeros"], row["fano"]) == pytest.approx(expected, abs=6e-4)
@@ -102,7 +112,8 @@ def test_geometry_of_the_population(described, region):
     """Whitened cosine and rank correlation of feature RDMs with the cross-validated RDM of the neurons."""
     features, z = described[region]
     neural = rdm(z, metric="crossnobis")
-    whitened = [compare_rdms(rdm(features[name]), neural, method="cosine_cov").item() for name in ("pixels", "simple")]
+    whitened = [compare_rdms(rdm(features[name]), neural, method="cosine_cov").item()
+                for name in ("pixels", "simple")]
     assert whitened == pytest.approx({1: (.309, .483), 2: (.269, .329), 3: (.429, .488)}[region], abs=1e-3)
     ranks = compare_rdms(rdm(features["simple"]), neural, method="spearman").item()
     assert ranks == pytest.approx({1: .411, 2: .323, 3: .251}[region], abs=1e-3)
@@ -112,13 +123,14 @@ def test_geometry_of_the_population(described, region):
 def test_ridge_from_gabor_features(recordings, described, region):
     """Ten folds, image index mod 10, best of four penalties on standardised features, plain correlation.
 
-    The reference, .106/.093/.148, comes from features centred once over all 50 images; centred within the training folds it is
-    within .015 of that.
+    The reference, .106/.093/.148, comes from features centred once over all 50 images; centred within the
+    training folds it is within .015 of that.
     """
     trials = recordings[region][1]
     x = described[region][0]["simple"]
     x = (x - x.mean(0))/(x.std(0) + 1e-9)
-    best = max(linear_predictivity(x, trials.mean(0), alphas=[a], score="pooled").r.mean() for a in (1e2, 1e3, 1e4, 1e5))
+    best = max(linear_predictivity(x, trials.mean(0), alphas=[a], score="pooled").r.mean()
+               for a in (1e2, 1e3, 1e4, 1e5))
     assert best == pytest.approx({1: .106, 2: .093, 3: .148}[region], abs=.015)
 
 

@@ -1,4 +1,7 @@
-"""CKA, the CCA family, shape distances and profiles against plain numpy written from the papers, scipy, and recorded values."""
+"""CKA, the CCA family, shape distances and profiles against other computations.
+
+Plain numpy written from the papers, scipy, and recorded values.
+"""
 import warnings
 import weakref
 from pathlib import Path
@@ -15,8 +18,8 @@ from torch import nn
 
 from visionbench import similarity
 from visionbench.similarity import activations as activations_module
-from visionbench.similarity import (CKAMatrix, cca, cka, compare_rdms, linear_predictivity, procrustes, pwcca, rdm,
-                                    similarity_profile, svcca)
+from visionbench.similarity import (CKAMatrix, cca, cka, compare_rdms, linear_predictivity, procrustes,
+                                     pwcca, rdm, similarity_profile, svcca)
 from visionbench.similarity.activations import activations
 from visionbench.similarity.cca import canonical_correlations
 from visionbench.similarity.cka import expected_bias
@@ -67,7 +70,8 @@ def cka_reference(x, y, name="linear", debiased=True, sigma=1.):
 
 def bases(x, keep=1.):
     U, s, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
-    k = int((s > 1e-10*s[0]).sum()) if keep == 1 else int(np.searchsorted(np.cumsum(s**2)/np.sum(s**2), keep)) + 1
+    k = (int((s > 1e-10*s[0]).sum()) if keep == 1
+         else int(np.searchsorted(np.cumsum(s**2)/np.sum(s**2), keep)) + 1)
     return U[:, :k]
 
 
@@ -104,7 +108,8 @@ def test_biased_cka_is_the_whitened_cosine_of_the_rdms():
         biased = quiet(cka, x, y, debiased=False)
         H = np.eye(25) - 1/25
         centred = [H @ (-.5*scipy.spatial.distance.squareform(rdm(t))) @ H for t in (x, y)]
-        assert abs(np.sum(centred[0]*centred[1])/np.prod([np.linalg.norm(c) for c in centred]) - biased) < 1e-10
+        assert abs(np.sum(centred[0]*centred[1])/np.prod([np.linalg.norm(c) for c in centred])
+                   - biased) < 1e-10
         assert abs(compare_rdms(rdm(x), rdm(y), "cosine_cov")[0, 0] - biased) < 1e-10
 
 
@@ -126,7 +131,8 @@ def test_invariances_of_cka(name, debiased):
 
 @pytest.mark.parametrize("n", [16, 50, 100, 200])
 def test_bias_with_independent_data(n):
-    """Spec: 100 against 1000 features, 20 draws; debiased 0.02 / 0.00 / 0.00 / 0.00, biased 0.92 / 0.80 / 0.68 / 0.53."""
+    """Spec: 100 against 1000 features, 20 draws; debiased 0.02 / 0.00 / 0.00 / 0.00, biased
+    0.92 / 0.80 / 0.68 / 0.53."""
     x, y = normal(n, 20, n, 100), normal(n + 1, 20, n, 1000)
     recorded = {16: .92, 50: .80, 100: .68, 200: .53}[n]
     assert abs(cka(x, y).mean()) < .03
@@ -157,7 +163,8 @@ def test_leading_axes_are_layers():
 def test_gradients_of_cka():
     x = torch.tensor(normal(0, 7, 3), requires_grad=True)
     y = torch.tensor(normal(1, 7, 4))
-    assert torch.autograd.gradcheck(lambda t: cka(t, y), x) and torch.autograd.gradcheck(lambda t: cka(t, y, "rbf"), x)
+    assert (torch.autograd.gradcheck(lambda t: cka(t, y), x)
+            and torch.autograd.gradcheck(lambda t: cka(t, y, "rbf"), x))
 
 
 def test_kinds_and_number_types():
@@ -175,20 +182,25 @@ def test_kinds_and_number_types():
 
 
 def test_recorded_values_of_pytorch_cka():
-    """pytorch-cka 1.1.3, `cka_from_features` on these float64 arrays, torch 2.15; that library clips below 0, we do not."""
+    """pytorch-cka 1.1.3, `cka_from_features` on these float64 arrays, torch 2.15.
+
+    That library clips below 0, we do not."""
     rng = np.random.default_rng(11)
     x = rng.normal(size=(3, 40, 12))
     y = np.stack([x[0] @ rng.normal(size=(12, 12)), x[1] + rng.normal(size=(40, 12)), np.tanh(x[2]*2)])
-    recorded = [[0.679650860346658, 0.026045517740273014, 0.0], [0.0, 0.5312777175467079, 0.03905408872665042],
+    recorded = [[0.679650860346658, 0.026045517740273014, 0.0],
+                [0.0, 0.5312777175467079, 0.03905408872665042],
                 [0.01012474033045547, 0.041568920854245885, 0.7952904692162973]]
     ours = cka(x[:, None], y[None])
     assert np.abs(ours.clip(0) - recorded).max() < 1e-12 and (ours < 0).sum() == 2
     assert np.abs(cka(x[:, None].astype("float32"), y[None].astype("float32")) - ours).max() < 1e-6
 
 
-@pytest.mark.skipif(not RECORDED.exists(), reason=f"needs the recordings of Antolík et al. 2016 at {RECORDED}")
+@pytest.mark.skipif(not RECORDED.exists(),
+                    reason=f"needs the recordings of Antolík et al. 2016 at {RECORDED}")
 def test_real_recordings():
-    """Deterministic values of pixels against mean responses scaled by their noise, three regions of mouse V1."""
+    """Deterministic values of pixels against mean responses scaled by their noise, three regions of
+    mouse V1."""
     data = np.load(RECORDED)
     for region, recorded in ((1, .110), (2, .105), (3, .159)):
         images, y = data[f"images_region{region}"]/255, data[f"responses_region{region}"].astype(float)
@@ -293,7 +305,8 @@ def test_interval_between_batches_holds_the_truth():
 
 def test_interval_is_the_delta_method():
     x, y = normal(0, 5, 20, 6), normal(1, 5, 20, 6) + normal(0, 5, 20, 6)
-    h = np.array([[20*hsic_song(a @ a.T, b @ b.T) for a, b in ((p, q), (p, p), (q, q))] for p, q in zip(x, y)])
+    h = np.array([[20*hsic_song(a @ a.T, b @ b.T) for a, b in ((p, q), (p, p), (q, q))]
+                  for p, q in zip(x, y)])
     f = lambda s: s[0]/np.sqrt(s[1]*s[2])  # noqa: E731
     total, step = h.sum(0), 1e-5
     v = np.array([(f(total + step*total*e) - f(total - step*total*e))/(2*step*total @ e) for e in np.eye(3)])
@@ -316,7 +329,8 @@ def test_jackknife_is_leaving_out_one_by_one(name):
     error = np.sqrt(14/15*((each - np.mean(each))**2).sum())
     low, high = cka_interval(x, y, name)
     half = error*scipy.stats.t.ppf(.975, 14)
-    assert abs(low - max(cka(x, y, name) - half, -1)) < 1e-11 and abs(high - min(cka(x, y, name) + half, 1)) < 1e-11
+    assert (abs(low - max(cka(x, y, name) - half, -1)) < 1e-11
+            and abs(high - min(cka(x, y, name) + half, 1)) < 1e-11)
 
 
 # ---- CCA family
@@ -328,11 +342,13 @@ def test_cca_against_scipy_and_scikit_learn():
     assert np.allclose(canonical_correlations(x, y), np.sort(rho)[::-1], atol=1e-12)
     assert abs(cca(x, y) - rho.mean()) < 1e-12 and abs(cca(x, y, squared=True) - (rho**2).mean()) < 1e-12
     a, b = CCA(2, max_iter=5000, tol=1e-12).fit_transform(x, y)
-    assert np.allclose([np.corrcoef(a[:, i], b[:, i])[0, 1] for i in range(2)], canonical_correlations(x, y)[:2], atol=1e-4)
+    assert np.allclose([np.corrcoef(a[:, i], b[:, i])[0, 1] for i in range(2)],
+                       canonical_correlations(x, y)[:2], atol=1e-4)
 
 
 def test_cca_of_independent_gaussians():
-    """E[Σρ²] = pq/(n-1): n = 400, p = 20, q = 30, 200 draws; the specification measured 1.516 against 1.504."""
+    """E[Σρ²] = pq/(n-1): n = 400, p = 20, q = 30, 200 draws; the specification measured 1.516
+    against 1.504."""
     total = 20*cca(normal(0, 200, 400, 20), normal(1, 200, 400, 30), squared=True)
     assert abs(total.mean() - 20*30/399) < 4*total.std()/np.sqrt(200) and abs(total.mean() - 1.504) < .03
 
@@ -354,7 +370,8 @@ def test_rank_deficient_features_count_by_their_rank():
     y[:, :4] += x
     wide = np.c_[x @ normal(2, 4, 30), np.full((50, 2), .1)]
     for f in (cca, pwcca, lambda a, b: procrustes(a, b, 0)):
-        assert abs(f(y, wide) - f(y, x)) < 1e-9 and abs(f(y.astype("float32"), wide.astype("float32")) - f(y, x)) < 1e-4
+        assert (abs(f(y, wide) - f(y, x)) < 1e-9
+                and abs(f(y.astype("float32"), wide.astype("float32")) - f(y, x)) < 1e-4)
 
 
 @pytest.mark.parametrize("keep", [.5, .9, .99])
@@ -362,7 +379,8 @@ def test_svcca_by_hand(keep):
     x, y = normal(0, 70, 20)*np.geomspace(3, .05, 20), normal(1, 70, 12)*np.geomspace(2, .1, 12)
     y[:, :5] += x[:, :5]
     rho = np.linalg.svd(bases(x, keep).T @ bases(y, keep), compute_uv=False)
-    assert abs(svcca(x, y, keep) - rho.mean()) < 1e-12 and abs(svcca(x, y, keep, True) - (rho**2).mean()) < 1e-12
+    assert (abs(svcca(x, y, keep) - rho.mean()) < 1e-12
+            and abs(svcca(x, y, keep, True) - (rho**2).mean()) < 1e-12)
 
 
 def test_pwcca_by_hand():
@@ -371,7 +389,8 @@ def test_pwcca_by_hand():
     for a, b in ((x, y), (y, x)):
         U, V, centred = bases(a), bases(b), a - a.mean(0)
         W, rho, _ = np.linalg.svd(U.T @ V, full_matrices=False)
-        alpha = [sum(abs(np.dot(U @ W[:, i], centred[:, j])) for j in range(a.shape[1])) for i in range(len(rho))]
+        alpha = [sum(abs(np.dot(U @ W[:, i], centred[:, j])) for j in range(a.shape[1]))
+                 for i in range(len(rho))]
         assert abs(pwcca(a, b) - np.dot(alpha, rho)/np.sum(alpha)) < 1e-12
 
 
@@ -394,7 +413,8 @@ def test_procrustes_against_scipy():
 
 @pytest.mark.parametrize("alpha", [0., .3, .7, 1.])
 def test_partial_whitening_by_hand(alpha):
-    """αI + (1-α)C^(-1/2), with C the covariance of the shape of unit norm, then the angle by the nuclear norm."""
+    """αI + (1-α)C^(-1/2), with C the covariance of the shape of unit norm, then the angle by the nuclear
+    norm."""
     x, y = normal(0, 40, 5)*np.linspace(.2, 2, 5), normal(1, 40, 8)
     y[:, :5] += x
     def partly(t):
@@ -413,28 +433,33 @@ def test_triangle_inequality(alpha):
         x, y, z = (rng.normal(size=(200, 14, k)) for k in (p, q, r))
         z[:, :, :min(p, r)] += x[:, :, :min(p, r)]
         y[:, :, :min(p, q)] += 2*x[:, :, :min(p, q)]
-        xy, yz, xz = quiet(procrustes, x, y, alpha), quiet(procrustes, y, z, alpha), quiet(procrustes, x, z, alpha)
-        assert (xz <= xy + yz + 1e-12).all() and (xy <= xz + yz + 1e-12).all() and (yz <= xy + xz + 1e-12).all()
+        xy, yz, xz = (quiet(procrustes, x, y, alpha), quiet(procrustes, y, z, alpha),
+                      quiet(procrustes, x, z, alpha))
+        assert ((xz <= xy + yz + 1e-12).all() and (xy <= xz + yz + 1e-12).all()
+                and (yz <= xy + xz + 1e-12).all())
 
 
 # ---- any network
 
 def test_profile_of_two_networks_is_cka_of_what_the_layers_say():
-    nets = [nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(144, 5))
-            for _ in "ab"]
+    nets = [nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten(),
+                          nn.Linear(144, 5)) for _ in "ab"]
     images = torch.rand(60, 1, 8, 8)
     before = [net.state_dict()["1.running_mean"].clone() for net in nets]
-    table = similarity_profile(*nets, [images], ["0", "1", "4"], measures=("cka", "rsa", "procrustes"), resamples=0, stream=False)
+    table = similarity_profile(*nets, [images], ["0", "1", "4"], measures=("cka", "rsa", "procrustes"),
+                               resamples=0, stream=False)
     a, b = (layer_outputs(net.eval(), images) for net in nets)
     assert all(torch.equal(net.state_dict()["1.running_mean"], m) for net, m in zip(nets, before))
-    a, b = ({k: nets[i][0](images).detach() if k == "0" else nets[i][:2](images).detach() if k == "1" else side[k]
-             for k in ("0", "1", "4")} for i, side in enumerate((a, b)))      # the ReLU overwrites what is before it
+    # the ReLU overwrites what is before it
+    a, b = ({k: nets[i][0](images).detach() if k == "0" else nets[i][:2](images).detach() if k == "1"
+             else side[k] for k in ("0", "1", "4")} for i, side in enumerate((a, b)))
     value = table.set_index(["layer_a", "layer_b", "measure"]).value
     for p in ("0", "1", "4"):
         for q in ("0", "1", "4"):
             x, y = a[p].flatten(1), b[q].flatten(1)
             assert abs(value[p, q, "cka"] - cka(x, y)) < 1e-6
-            assert abs(value[p, q, "rsa"] - compare_rdms(rdm(x, "correlation"), rdm(y, "correlation"), "spearman")[0, 0]) < 1e-4
+            assert abs(value[p, q, "rsa"] - compare_rdms(rdm(x, "correlation"), rdm(y, "correlation"),
+                                                         "spearman")[0, 0]) < 1e-4
             assert abs(value[p, q, "procrustes"] - procrustes(x, y)) < 1e-4
     streamed = similarity_profile(*nets, [images], ["0", "1", "4"]).value
     assert np.allclose(streamed, value.unstack().cka.loc[["0", "1", "4"]].to_numpy(), atol=1e-6)
@@ -448,9 +473,11 @@ def test_profile_of_torchvision_and_timm_networks():
     images = torch.rand(24, 3, 32, 32)
     table = similarity_profile(resnet, vit, images, ["conv1", "layer?"], ["blocks.?", "norm"], pool="mean")
     assert list(table.layer_a.unique()) == ["conv1", "layer1", "layer2", "layer3", "layer4"]
-    assert list(table.layer_b.unique()) == [f"blocks.{i}" for i in range(10)] + ["norm"] and table.value.notna().all()
+    assert (list(table.layer_b.unique()) == [f"blocks.{i}" for i in range(10)] + ["norm"]
+            and table.value.notna().all())
     norm = activations(vit, images, "norm", pool="mean")["norm"]
-    assert torch.allclose(norm, vit.norm(vit.blocks(vit._pos_embed(vit.patch_embed(images)))).mean(1), atol=1e-5)
+    assert torch.allclose(norm, vit.norm(vit.blocks(vit._pos_embed(vit.patch_embed(images)))).mean(1),
+                          atol=1e-5)
     channels_last = lambda t: t.flatten(1, -2).mean(1) if t.ndim > 2 else t  # noqa: E731
     inside = similarity_profile(swin, swin, images, ["features.?", "head"], pool=channels_last)
     assert list(inside.layer_a.unique()) == [f"features.{i}" for i in range(8)] + ["head"]
@@ -461,7 +488,8 @@ def test_nested_outputs_and_repeated_calls():
     class Recurrent(nn.Module):
         def __init__(self):
             super().__init__()
-            self.lstm, self.act, self.head = nn.LSTM(4, 6, batch_first=True), nn.ReLU(inplace=True), nn.Linear(6, 6)
+            self.lstm, self.act, self.head = (nn.LSTM(4, 6, batch_first=True), nn.ReLU(inplace=True),
+                                              nn.Linear(6, 6))
             self.alias = self.head
         def forward(self, x):
             h, _ = self.lstm(x)
@@ -470,7 +498,8 @@ def test_nested_outputs_and_repeated_calls():
     got = activations(net, x, ["lstm", "head", "act"])
     assert list(got) == ["lstm", "act", "head", "act:1", "head:1"] and got["lstm"].shape == (9, 30)
     assert torch.equal(got["head:1"], net(x)) and torch.equal(got["act:1"], got["head"].relu())
-    assert list(activations(net, x, "alias:1")) == ["alias:1"] and list(activations(net, x)) == ["lstm", "head", "head:1"]
+    assert (list(activations(net, x, "alias:1")) == ["alias:1"]
+            and list(activations(net, x)) == ["lstm", "head", "head:1"])
     assert list(activations(net, x, "*")) == ["lstm", "act", "head", "act:1", "head:1"], "one name a module"
 
 
@@ -488,7 +517,8 @@ def test_profile_with_neurons_is_each_measure_alone():
         assert abs(table.value[layer, "cka"] - cka(x, y)) < 1e-12
         assert np.allclose(table.loc[(layer, "cka"), ["low", "high"]].astype(float), cka_interval(x, y))
         assert abs(table.value[layer, "predictivity"] - linear_predictivity(x, y).median) < 1e-9
-        assert (table.low[layer] <= table.value[layer]).all() and (table.value[layer] <= table.high[layer]).all()
+        assert ((table.low[layer] <= table.value[layer]).all()
+                and (table.value[layer] <= table.high[layer]).all())
     assert table.ceiling["1", "cka"] == cka_ceiling(trials)
     assert (table.value["1"] > table.value["3"])[["cka", "predictivity"]].all() and (table.ceiling < 1).all()
     mean = similarity_profile(net, trials.mean(0), images.split(10), measures="cka", stream=True)
@@ -498,13 +528,15 @@ def test_profile_with_neurons_is_each_measure_alone():
     missing = trials.copy()
     missing[0, :, 3] = np.nan
     again = similarity_profile(net, missing, images, measures="cka")
-    assert abs(again.value[0] - cka(features["1"].numpy(), np.nanmean(missing, 0))) < 1e-12 and again.ceiling.isna().all()
+    assert (abs(again.value[0] - cka(features["1"].numpy(), np.nanmean(missing, 0))) < 1e-12
+            and again.ceiling.isna().all())
 
 
 def test_ceiling_is_what_the_true_rates_reach():
     rng = np.random.default_rng(0)
     rates = np.exp(rng.normal(size=(60, 5)) @ rng.normal(size=(5, 30))/3)/5
-    found, reached = zip(*((cka_ceiling(t, 20), cka(rates, t.mean(0))) for t in rng.poisson(rates, (12, 5, 60, 30))))
+    found, reached = zip(*((cka_ceiling(t, 20), cka(rates, t.mean(0)))
+                           for t in rng.poisson(rates, (12, 5, 60, 30))))
     assert np.mean(reached) < .95 and abs(np.mean(found) - np.mean(reached)) < .02
 
 
@@ -531,6 +563,6 @@ def test_memory_of_streamed_cka_does_not_grow_with_the_images(monkeypatch):
 
 
 def test_front_page_has_the_fixed_names():
-    fixed = {"rdm", "compare_rdms", "cka", "CKAMatrix", "cca", "svcca", "pwcca", "procrustes", "linear_predictivity",
-             "bootstrap_compare", "similarity_profile"}
+    fixed = {"rdm", "compare_rdms", "cka", "CKAMatrix", "cca", "svcca", "pwcca", "procrustes",
+             "linear_predictivity", "bootstrap_compare", "similarity_profile"}
     assert set(similarity.__all__) == fixed and all(callable(getattr(similarity, name)) for name in fixed)

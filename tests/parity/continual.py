@@ -1,4 +1,4 @@
-"""Continual-learning metrics against hand computation, loops that read like the definitions, and peers' formulas."""
+"""Continual-learning metrics against hand computation, loops like the definitions, and peers' formulas."""
 import numpy as np
 import pytest
 import torch
@@ -54,7 +54,8 @@ def test_definitions_against_loops():
         mammoth = [max(A[l, i] if l >= i else 0 for l in range(T)) - A[T - 1, i] for i in range(T - 1)]
         avalanche = [A[i, i] - A[T - 1, i] for i in range(T - 1)]
         for name, loop in (("max", chaudhry), ("max_all", mammoth), ("first", avalanche)):
-            assert forgetting(A, name, True) == pytest.approx(loop) and forgetting(A, name) == pytest.approx(np.mean(loop))
+            assert (forgetting(A, name, True) == pytest.approx(loop)
+                    and forgetting(A, name) == pytest.approx(np.mean(loop)))
         assert forgetting(A, "max_all", True).min() >= 0
 
 
@@ -81,8 +82,9 @@ def test_the_last_task_and_the_last_row_are_where_they_belong():
 def test_what_stands_above_the_diagonal_does_not_count():
     A = stream(5)
     full = np.where(np.isnan(A), 1., A)
-    for metric in (average_accuracy, average_incremental_accuracy, backward_transfer, forgetting, learning_accuracy,
-                   stability, lambda a: forgetting(a, "max_all"), lambda a: intransigence(a, .9)):
+    for metric in (average_accuracy, average_incremental_accuracy, backward_transfer, forgetting,
+                   learning_accuracy, stability, lambda a: forgetting(a, "max_all"),
+                   lambda a: intransigence(a, .9)):
         assert metric(full) == metric(A)
 
 
@@ -90,14 +92,16 @@ def test_seeds_are_a_leading_axis_and_torch_gives_torch():
     A = stream(4, S=3)
     joint = np.random.default_rng(1).uniform(size=(3, 4))
     ahead = np.where(np.isnan(A), .3, A)
-    cases = [(average_accuracy,), (average_incremental_accuracy, [1, 2, 3, 4]), (backward_transfer,), (forgetting,),
-             (learning_accuracy,), (stability, "first"), (intransigence, joint)]
+    cases = [(average_accuracy,), (average_incremental_accuracy, [1, 2, 3, 4]), (backward_transfer,),
+             (forgetting,), (learning_accuracy,), (stability, "first"), (intransigence, joint)]
     for f, *args in cases:
         per = [f(a, *(x[i] if x is joint else x for x in args)) for i, a in enumerate(A)]
         assert f(A, *args) == pytest.approx(np.array(per))
         out = f(torch.from_numpy(A), *args)
-        assert isinstance(out, torch.Tensor) and out.dtype == torch.float64 and out.tolist() == pytest.approx(per)
-    assert forward_transfer(ahead, joint) == pytest.approx([forward_transfer(a, j) for a, j in zip(ahead, joint)])
+        assert (isinstance(out, torch.Tensor) and out.dtype == torch.float64
+                and out.tolist() == pytest.approx(per))
+    assert forward_transfer(ahead, joint) == pytest.approx([forward_transfer(a, j)
+                                                            for a, j in zip(ahead, joint)])
     assert forgetting(torch.from_numpy(A).float(), per_task=True).shape == (3, 3)
 
 
@@ -123,7 +127,8 @@ def test_stages_against_a_loop_over_images():
             blocked = np.mean([first + np.argmax(z[n, first:bounds[i]]) == label[n] for n in mine])
             free = np.mean([np.argmax(z[n]) == label[n] for n in mine])
             assert A["task"][t, i] == blocked and A["class"][t, i] == free
-    assert np.isnan(A["task"][np.triu_indices(3, 1)]).all() and (A["task"] >= A["class"])[np.tril_indices(3)].all()
+    assert (np.isnan(A["task"][np.triu_indices(3, 1)]).all()
+            and (A["task"] >= A["class"])[np.tril_indices(3)].all())
 
 
 def test_class_incremental_average_is_the_plain_accuracy_on_all_images_seen():
@@ -149,7 +154,8 @@ def test_a_wide_head_is_read_up_to_the_classes_seen():
 
 def test_scores_ahead_are_for_forward_transfer():
     bounds, label = (2, 4, 6), torch.arange(6).repeat(4)
-    wide = [torch.nn.functional.one_hot(label, 6).double() for _ in bounds]  # always right, even before learning
+    # always right, even before learning
+    wide = [torch.nn.functional.one_hot(label, 6).double() for _ in bounds]
     rows = [stage_accuracies(z, label, bounds, "task", stage=t, ahead=True) for t, z in enumerate(wide)]
     A = torch.stack(rows)
     assert forward_transfer(A, [.5, .5, .5]) == .5 and A.isnan().sum() == 0
@@ -187,13 +193,15 @@ LABEL = np.array([0, 1, 2, 3])
     (lambda z: stage_accuracies(z, LABEL, (2, 2)), r"bounds=\[2, 2\]: expected class counts that rise"),
     (lambda z: stage_accuracies(z, LABEL, (0, 4)), r"bounds=\[0, 4\]"),
     (lambda z: stage_accuracies(z, LABEL, ()), r"bounds=\[\]"),
-    (lambda z: stage_accuracies(z[:, :3], LABEL, (2, 4)), r"3 logits end no task of bounds=\[2, 4\]; give the stage"),
+    (lambda z: stage_accuracies(z[:, :3], LABEL, (2, 4)),
+     r"3 logits end no task of bounds=\[2, 4\]; give the stage"),
     (lambda z: stage_accuracies(z[:, :3], LABEL, (2, 4), stage=1), "stage=1 with 3 logits"),
     (lambda z: stage_accuracies(z, LABEL, (2, 4), stage=2), "stage=2 with 4 logits: expected 0 … 1"),
     (lambda z: stage_accuracies(z, LABEL + 1, (2, 4)), "labels 1 … 4: expected 0 … 3"),
     (lambda z: stage_accuracies(z, LABEL[:3], (2, 4)), r"logits \(4, 4\) and labels \(3,\)"),
     (lambda z: stage_accuracies(z, LABEL / 1, (2, 4)), "float64: expected .* integers"),
-    (lambda z: stage_accuracies(z, LABEL % 2, (2, 4)), "task 1 was learned by stage 1, but has no test image"),
+    (lambda z: stage_accuracies(z, LABEL % 2, (2, 4)),
+     "task 1 was learned by stage 1, but has no test image"),
     (lambda z: stage_accuracies(z * NAN, LABEL, (2, 4)), "stage 1: 4 of 4 rows of logits hold NaN"),
     (lambda z: stage_accuracies(z, LABEL, (2, 4), "class", ahead=True), "ahead=True needs kind='task'"),
     (lambda z: accuracy_matrix([z], LABEL, (2, 4)), "1 stages of logits for 2 tasks"),

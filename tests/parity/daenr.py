@@ -1,4 +1,7 @@
-"""DAE-NR against dense kernels, numpy, scipy, scikit-learn and plain autograd, and what must be equal to the last bit."""
+"""DAE-NR against dense kernels, numpy, scipy, scikit-learn and plain autograd.
+
+What must be equal is compared to the last bit.
+"""
 import math
 import warnings
 from dataclasses import replace
@@ -18,14 +21,19 @@ from visionbench.data.responses import NeuralDataset, simulated_v1_dataset
 from visionbench.nn.autoencoder import Standardise, draw_weights, reference_autoencoder, small_autoencoder
 from visionbench.systems.daenr.compare import compare_variants, paired_differences, per_seed
 from visionbench.systems.daenr.config import DaenrConfig, Member, members
-from visionbench.systems.daenr.losses import (NEURAL_LOSSES, JointLoss, anscombe_loss, correlation_loss, group_sparsity,
-                                              kl_divergence, mse_loss, poisson_loss, reconstruction_loss, smoothness)
+from visionbench.systems.daenr.losses import (NEURAL_LOSSES, JointLoss, anscombe_loss, correlation_loss,
+                                              group_sparsity, kl_divergence, mse_loss, poisson_loss,
+                                              reconstruction_loss, smoothness)
 from visionbench.systems.daenr.nets import member_network
 from visionbench.systems.daenr.network import NeuralAutoencoder, build_network
-from visionbench.systems.daenr.neurons import evaluate_dae_nr, judge_neurons, layer_similarity, look, neuron_table
-from visionbench.systems.daenr.readout import READOUTS, DenseReadout, FactorizedReadout, GaussianReadout, inverse_softplus
-from visionbench.systems.daenr.references import fit_readout, pca_reconstruction, random_network, ridge_readout
-from visionbench.systems.daenr.training import GradientCosineCB, History, SelectCB, held_out_score, train_dae_nr
+from visionbench.systems.daenr.neurons import (evaluate_dae_nr, judge_neurons, layer_similarity, look,
+                                               neuron_table)
+from visionbench.systems.daenr.readout import (READOUTS, DenseReadout, FactorizedReadout, GaussianReadout,
+                                               inverse_softplus)
+from visionbench.systems.daenr.references import (fit_readout, pca_reconstruction, random_network,
+                                                  ridge_readout)
+from visionbench.systems.daenr.training import (GradientCosineCB, History, SelectCB, held_out_score,
+                                                train_dae_nr)
 from visionbench.systems.daenr.variants import train_member, train_members
 from visionbench.train.callbacks import CheckpointCB
 
@@ -74,7 +82,8 @@ def test_factorized_readout_equals_its_dense_kernel(positive, output):
 
 def test_parameters_per_neuron():
     C, H, W = 48, 19, 19
-    count = {name: sum(p.numel() for p in kind((C, H, W), 2).parameters()) / 2 for name, kind in READOUTS.items()}
+    count = {name: sum(p.numel() for p in kind((C, H, W), 2).parameters()) / 2
+             for name, kind in READOUTS.items()}
     assert count == dict(factorized=H * W + C + 1, gaussian=2 + 4 + C + 1, dense=H * W * C + 1)
 
 
@@ -98,12 +107,14 @@ def test_initial_weights_sum_to_about_one():
     """|m| ~ U(0, 2/HW) and |f| ~ U(0, 2/C), never 0, where an absolute value has no slope."""
     read = FactorizedReadout((16, 16, 16), 400, generator=seeded(0))
     assert abs(read.mask.sum((1, 2)).mean() - 1) < .01 and abs(read.features.sum(1).mean() - 1) < .03
-    assert read.mask.min() > 0 and read.mask.max() <= 2 / 256 and read.features.min() > 0 and read.features.max() <= 2 / 16
+    assert (read.mask.min() > 0 and read.mask.max() <= 2 / 256
+            and read.features.min() > 0 and read.features.max() <= 2 / 16)
 
 
 @pytest.mark.parametrize("covariance", ["isotropic", "diagonal", "full"])
 def test_gaussian_readout_reads_bilinearly_at_its_place(covariance):
-    read = GaussianReadout(SHAPE, N, mean_response=torch.full((N,), .5), generator=seeded(4), covariance=covariance).eval()
+    read = GaussianReadout(SHAPE, N, mean_response=torch.full((N,), .5), generator=seeded(4),
+                           covariance=covariance).eval()
     h = torch.randn(3, *SHAPE, generator=seeded(5))
     x, y = ((read.mu.detach().numpy() + 1) / 2 * [SHAPE[2] - 1, SHAPE[1] - 1]).T
     seen = np.stack([[map_coordinates(c, [y, x], order=1) for c in image] for image in h.numpy()])
@@ -132,7 +143,8 @@ def test_gradcheck_of_the_readouts(kind):
     h = torch.randn(2, *SHAPE, dtype=torch.float64, generator=seeded(7), requires_grad=True)
     names = [n for n, _ in read.named_parameters() if n != "root"]  # evaluation reads at μ
     def f(h, *ps): return torch.func.functional_call(read, dict(zip(names, ps)), (h,))
-    assert torch.autograd.gradcheck(f, (h, *(dict(read.named_parameters())[n].detach().requires_grad_() for n in names)))
+    assert torch.autograd.gradcheck(f, (h, *(dict(read.named_parameters())[n].detach().requires_grad_()
+                                             for n in names)))
 
 
 # ---- losses
@@ -149,7 +161,8 @@ def test_neural_losses_equal_numpy():
     a, b = p.numpy(), r.numpy()
     assert poisson_loss(p, r).item() == pytest.approx((a - b * np.log(a + 1e-5)).mean())
     assert mse_loss(p, r).item() == pytest.approx(((a - b) ** 2).mean())
-    assert anscombe_loss(p, r).item() == pytest.approx(((2 * np.sqrt(a + 3 / 8) - 2 * np.sqrt(b + 3 / 8)) ** 2).mean())
+    assert anscombe_loss(p, r).item() == pytest.approx(
+        ((2 * np.sqrt(a + 3 / 8) - 2 * np.sqrt(b + 3 / 8)) ** 2).mean())
     each = [np.corrcoef(a[:, n], b[:, n])[0, 1] for n in range(5)]
     assert correlation_loss(p, r, eps=0.).item() == pytest.approx(1 - np.mean(each))
 
@@ -157,7 +170,8 @@ def test_neural_losses_equal_numpy():
 @pytest.mark.parametrize("rate", [.02, .5, 3., 40.])
 def test_poisson_loss_is_lowest_at_the_response(rate):
     grid = torch.linspace(.25, 4, 1501, dtype=torch.float64) * rate
-    values = torch.stack([poisson_loss(g.view(1, 1), torch.tensor([[rate]], dtype=torch.float64)) for g in grid])
+    values = torch.stack([poisson_loss(g.view(1, 1), torch.tensor([[rate]], dtype=torch.float64))
+                          for g in grid])
     assert grid[values.argmin()].item() == pytest.approx(rate, rel=4e-3, abs=2e-5)
 
 
@@ -170,7 +184,8 @@ def test_sum_and_mean_over_neurons_differ_by_lambda_only():
     outer = torch.einsum("nc,nhw->nchw", read.features.abs(), read.mask.abs())
     summed = .3 * ((p - r * torch.log(p + 1e-5)).sum(1).mean() + .02 * outer.sum())
     ours = N * .3 * (poisson_loss(p, r) + .02 * read.l1())
-    for a, b in zip(*(torch.autograd.grad(v, [*read.parameters()], retain_graph=True) for v in (summed, ours))):
+    for a, b in zip(*(torch.autograd.grad(v, [*read.parameters()], retain_graph=True)
+                      for v in (summed, ours))):
         assert torch.allclose(a, b, rtol=1e-10)
 
 
@@ -184,17 +199,20 @@ def test_missing_responses_count_for_nothing(name):
     assert g.isfinite().all() and (g[6:, 1] == 0).all() and (g[:, 3] == 0).all() and (g[:6, 1] != 0).all()
     if name != "corr":  # neurons with fewer trials weigh less
         known = ~r.isnan()
-        assert torch.isclose(loss(p, r) * known.sum(), sum(loss(p[:, [n]], r[:, [n]]) * known[:, n].sum() for n in range(3)))
+        assert torch.isclose(loss(p, r) * known.sum(),
+                             sum(loss(p[:, [n]], r[:, [n]]) * known[:, n].sum() for n in range(3)))
 
 
 def test_filter_regularisers_equal_numpy():
     w = torch.randn(4, 3, 7, 5, dtype=torch.float64, generator=seeded(1))
     lap = np.array([[.25, .5, .25], [.5, -3, .5], [.25, .5, .25]])
     planes = w.numpy().reshape(-1, 7, 5)
-    assert smoothness(w).item() == pytest.approx(sum((convolve2d(k, lap, "same") ** 2).sum() / (k ** 2).sum() for k in planes))
+    assert smoothness(w).item() == pytest.approx(sum((convolve2d(k, lap, "same") ** 2).sum() / (k ** 2).sum()
+                                                     for k in planes))
     assert group_sparsity(w).item() == pytest.approx(sum(np.sqrt((k ** 2).sum()) for k in planes))
     assert torch.autograd.gradcheck(smoothness, w[:2, :1].clone().requires_grad_())
-    assert torch.autograd.grad(group_sparsity(z := torch.zeros(1, 1, 3, 3, requires_grad=True)), z)[0].isfinite().all()
+    assert torch.autograd.grad(group_sparsity(z := torch.zeros(1, 1, 3, 3, requires_grad=True)),
+                               z)[0].isfinite().all()
 
 
 def test_divergence_equals_torch():
@@ -212,9 +230,11 @@ def test_joint_loss_equals_the_equation(ds):
     terms, std = loss(out, dict(image=x, response=r)), x.new_tensor(float(net.standardise.std))
     assert list(terms) == ["reconstruction", "neural", "readout_l1", "smoothness", "sparsity", "kl"]
     filters = [net.encoder.stages[f"h{k}"][0].weight for k in (1, 2, 3)]
-    want = 2 * ((out.reconstruction - x) / std).square().mean() + 3 * (poisson_loss(out.response, r) + .05 * net.readout.l1())
+    want = (2 * ((out.reconstruction - x) / std).square().mean()
+            + 3 * (poisson_loss(out.response, r) + .05 * net.readout.l1()))
     want = want + .1 * smoothness(filters[0]) + .2 * (group_sparsity(filters[1]) + group_sparsity(filters[2]))
-    assert sum(terms.values()).item() == pytest.approx((want + .4 * kl_divergence(out.posterior)).item(), rel=1e-9)
+    assert sum(terms.values()).item() == pytest.approx((want + .4 * kl_divergence(out.posterior)).item(),
+                                                       rel=1e-9)
 
 
 def test_reconstruction_is_compared_in_standardised_units(ds):
@@ -223,7 +243,8 @@ def test_reconstruction_is_compared_in_standardised_units(ds):
         out, x = net(ds.images), ds.images
         z = net.standardise(x)
         drawn = net.decoder(net.encoder(z))
-        assert torch.isclose(reconstruction_loss(out.reconstruction, x, net.standardise.std), (drawn - z).square().mean(), rtol=1e-5)
+        assert torch.isclose(reconstruction_loss(out.reconstruction, x, net.standardise.std),
+                             (drawn - z).square().mean(), rtol=1e-5)
         assert abs(z.mean()) < 1e-5 and abs(z.std(correction=0) - 1) < 1e-3
 
 
@@ -231,14 +252,17 @@ def test_reconstruction_is_compared_in_standardised_units(ds):
 
 def test_layers_of_the_specification():
     encoder, decoder = reference_autoencoder(latent=256)
-    assert encoder.shapes == dict(h1=(48, 19, 19), h2=(48, 19, 19), h3=(48, 19, 19), h4=(64, 10, 10), h5=(64, 5, 5))
+    assert encoder.shapes == dict(h1=(48, 19, 19), h2=(48, 19, 19), h3=(48, 19, 19), h4=(64, 10, 10),
+                                  h5=(64, 5, 5))
     kernels = [m.weight.shape for m in encoder.modules() if isinstance(m, nn.Conv2d)]
     assert kernels == [(48, 1, 13, 13), (48, 48, 3, 3), (48, 48, 3, 3), (64, 48, 3, 3), (64, 64, 3, 3)]
-    assert decoder(torch.zeros(2, 256)).shape == (2, 1, 31, 31) and encoder.project.weight.shape == (256, 1600)
+    assert (decoder(torch.zeros(2, 256)).shape == (2, 1, 31, 31)
+            and encoder.project.weight.shape == (256, 1600))
     x = torch.rand(3, 1, 31, 31, generator=seeded(1))
     h = encoder.eval().layers(x)
     conv, norm, _ = encoder.stages["h3"]
-    assert torch.equal(h["h3"], norm(conv(h["h2"]))) and h["h2"].min() > 0  # Klindt's readout sits before any non-linearity
+    # Klindt's readout sits before any non-linearity
+    assert torch.equal(h["h3"], norm(conv(h["h2"]))) and h["h2"].min() > 0
     assert torch.allclose(h["h4"], encoder.stages["h4"][1:](F.softplus(h["h3"])), atol=1e-6)
     small, _ = small_autoencoder()
     assert small.shapes == dict(h1=(16, 16, 16), h2=(16, 16, 16), h3=(32, 8, 8), h4=(32, 4, 4))
@@ -253,7 +277,8 @@ def test_weights_are_drawn_as_torch_does(layer):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         layer.reset_parameters()
-    for a, p in zip(mine, layer.parameters()): assert a == pytest.approx(p.abs().max().item(), rel=.2 if p.ndim == 1 else .01)
+    for a, p in zip(mine, layer.parameters()):
+        assert a == pytest.approx(p.abs().max().item(), rel=.2 if p.ndim == 1 else .01)
 
 
 # ---- training: what must be equal, and what must be zero
@@ -273,7 +298,8 @@ def test_no_neural_gradient_beyond_the_tap(ds, arch, taps, readout):
 
 
 def test_members_start_from_the_same_weights(ds):
-    config = CONFIG.replace(variants=("ae", "nr", "dae_nr", "dae_nr_shuffled", "dae_nr_pretrained"), taps=(2, 3), neural_weights=(1., 0.))
+    config = CONFIG.replace(variants=("ae", "nr", "dae_nr", "dae_nr_shuffled", "dae_nr_pretrained"),
+                            taps=(2, 3), neural_weights=(1., 0.))
     nets = {m: member_network(config, ds, m) for m in members(config)}
     for part, count in dict(encoder=8, decoder=6).items():  # two predictors have no decoder
         states = [getattr(n, part).state_dict() for n in nets.values() if getattr(n, part) is not None]
@@ -290,7 +316,8 @@ def test_same_seed_same_history_to_the_last_bit(ds):
     assert not other.equals(runs[0][1])
 
 
-@pytest.mark.parametrize("changes", [{}, dict(readout="gaussian"), dict(clip=1e-3), dict(arch="reference", batch=24, epochs=1)])
+@pytest.mark.parametrize("changes", [{}, dict(readout="gaussian"), dict(clip=1e-3),
+                                     dict(arch="reference", batch=24, epochs=1)])
 def test_lambda_zero_is_the_auto_encoder(ds, changes):
     """Also where clipping acts at every step."""
     config = CONFIG.replace(**changes)
@@ -299,7 +326,8 @@ def test_lambda_zero_is_the_auto_encoder(ds, changes):
     tables = [train_dae_nr(net, ds, config, weight=0.).table for net in (alone, joint)]
     assert tables[0].equals(tables[1]) and set(tables[0].name) == {"reconstruction"}
     trained = joint.state_dict()
-    assert all(torch.equal(v, trained[k]) for k, v in alone.state_dict().items()) and same(joint.readout.state_dict(), start)
+    assert (all(torch.equal(v, trained[k]) for k, v in alone.state_dict().items())
+            and same(joint.readout.state_dict(), start))
 
 
 def test_variants_see_the_same_batches(ds):
@@ -310,7 +338,8 @@ def test_variants_see_the_same_batches(ds):
     for name, how in dict(ae=dict(neural=False), nr=dict(decode=False), dae_nr={}).items():
         train_dae_nr(network(ds, **how), ds, CONFIG, callbacks=[watch := Watch()])
         seen[name] = watch.seen
-    assert len(seen["ae"]) == 9 and all(torch.equal(a, b) for v in seen.values() for a, b in zip(seen["ae"], v))
+    assert len(seen["ae"]) == 9 and all(torch.equal(a, b) for v in seen.values()
+                                        for a, b in zip(seen["ae"], v))
 
 
 def test_gradient_cosine_equals_two_backward_passes(ds):
@@ -325,7 +354,8 @@ def test_gradient_cosine_equals_two_backward_passes(ds):
     step.terms = loss(net(batch["image"]), batch)
     cb = GradientCosineCB(record, "x")
     cb.after_loss(step)
-    rec, neu = (torch.cat([g.flatten() for g in torch.autograd.grad(step.terms[k], net.shared(), retain_graph=True)])
+    rec, neu = (torch.cat([g.flatten() for g in torch.autograd.grad(step.terms[k], net.shared(),
+                                                                    retain_graph=True)])
                 for k in ("reconstruction", "neural"))
     sum(step.terms.values()).backward()
     cb.after_backward(step)
@@ -370,13 +400,15 @@ def test_a_selected_fit_that_is_interrupted_ends_the_same(ds, tmp_path, dies):
             go()
         return net, log.table
     (a, whole), (b, again) = fitted(tmp_path / "a"), fitted(tmp_path / "b", Die(dies))
-    assert same(a.state_dict(), b.state_dict()) and whole.reset_index(drop=True).equals(again.reset_index(drop=True))
+    assert (same(a.state_dict(), b.state_dict())
+            and whole.reset_index(drop=True).equals(again.reset_index(drop=True)))
     scores = whole[whole.name == "held_out"].value
     assert held_out_score(JointLoss(a), ds.split(.8, 1)[1])(a) == pytest.approx(scores.min(), rel=1e-5)
 
 
 def test_klindts_recipe_for_the_predictor(ds):
-    """Adam at 1e-3 on 256 images a batch, a constant rate but for the rounds; others keep AdamW with one cycle."""
+    """Adam at 1e-3 on 256 images a batch, a constant rate but for the rounds; others keep AdamW with one
+    cycle."""
     class Watch:
         def __init__(self): self.rates, self.sizes, self.kind = [], set(), None
         def before_batch(self, learner):
@@ -388,14 +420,18 @@ def test_klindts_recipe_for_the_predictor(ds):
     for name, decode in dict(nr=False, dae_nr=True).items():
         train_dae_nr(network(ds, config, decode=decode), ds, config, callbacks=[w := Watch()])
         watch[name] = w
-    assert watch["nr"].kind is torch.optim.Adam and set(watch["nr"].rates) == {1e-3} and watch["nr"].sizes == {38}  # 80 % of 48
-    assert watch["dae_nr"].kind is torch.optim.AdamW and len(set(watch["dae_nr"].rates)) == 3 and watch["dae_nr"].sizes == {16}
+    # 38 images: 80 % of 48
+    assert (watch["nr"].kind is torch.optim.Adam and set(watch["nr"].rates) == {1e-3}
+            and watch["nr"].sizes == {38})
+    assert (watch["dae_nr"].kind is torch.optim.AdamW and len(set(watch["dae_nr"].rates)) == 3
+            and watch["dae_nr"].sizes == {16})
 
 
 def test_pretrained_begins_where_the_auto_encoder_ended(ds):
     config = CONFIG.replace(variants=("dae_nr_pretrained",), epochs=1, lr=1e-12, weight_decay=0.)
     nets = train_members(config, ds)
-    assert [*nets] == ["ae", "ae-tap2", "dae_nr_pretrained-tap2-w1"] and nets["ae-tap2"].encoder is nets["ae"].encoder
+    assert ([*nets] == ["ae", "ae-tap2", "dae_nr_pretrained-tap2-w1"]
+            and nets["ae-tap2"].encoder is nets["ae"].encoder)
     parts = (nets[name].encoder.parameters() for name in ("ae", "dae_nr_pretrained-tap2-w1"))
     for a, b in zip(*parts): assert torch.allclose(a, b, atol=1e-8)
 
@@ -404,7 +440,8 @@ def test_shuffled_differs_in_the_pairing_only(ds):
     config = CONFIG.replace(epochs=1, lr=1e-12)
     nets = [train_member(config, ds, Member(v, 2, 1.), {}) for v in ("dae_nr", "dae_nr_shuffled")]
     moved = ds.shuffled(0)
-    assert torch.equal(moved.responses.sort(0).values, ds.responses.sort(0).values) and (moved.responses != ds.responses).any(1).all()
+    assert (torch.equal(moved.responses.sort(0).values, ds.responses.sort(0).values)
+            and (moved.responses != ds.responses).any(1).all())
     assert all(torch.allclose(a, b, atol=1e-8) for a, b in zip(*(n.parameters() for n in nets)))
 
 
@@ -423,8 +460,10 @@ def test_neural_scores_by_hand():
         ds = NeuralDataset(x, torch.from_numpy(y[0]), x, torch.from_numpy(y))
     table = neuron_table(ds, torch.from_numpy(p))
     mean = y.mean(0)
-    assert table.r_avg[:4].tolist() == pytest.approx([np.corrcoef(p[:, n], mean[:, n])[0, 1] for n in range(4)], abs=1e-5)
-    assert table.r_single[:4].tolist() == pytest.approx([np.corrcoef(np.tile(p[:, n], 7), y[:, :, n].ravel())[0, 1] for n in range(4)], abs=1e-5)
+    assert table.r_avg[:4].tolist() == pytest.approx([np.corrcoef(p[:, n], mean[:, n])[0, 1]
+                                                      for n in range(4)], abs=1e-5)
+    assert table.r_single[:4].tolist() == pytest.approx(
+        [np.corrcoef(np.tile(p[:, n], 7), y[:, :, n].ravel())[0, 1] for n in range(4)], abs=1e-5)
     assert table.r_avg[4] == table.r_single[4] == 0
     noise = y.var(0, ddof=1).mean(0)
     feve = 1 - (((y - p) ** 2).mean((0, 1)) - noise)[:4] / (y.var((0, 1), ddof=1) - noise)[:4]
@@ -435,8 +474,9 @@ def test_neural_scores_by_hand():
 def test_means_are_those_of_the_neurons(ds):
     net = network(ds).eval()
     row, table = judge_neurons(net, ds)
-    assert row["r_true"] == pytest.approx(np.mean([np.corrcoef(look(net, ds.eval_images).response[:, n], ds.eval_rates[:, n])[0, 1]
-                                                   for n in range(10)]), abs=1e-5)
+    assert row["r_true"] == pytest.approx(np.mean(
+        [np.corrcoef(look(net, ds.eval_images).response[:, n], ds.eval_rates[:, n])[0, 1]
+         for n in range(10)]), abs=1e-5)
     assert row["reliable_neurons"] == table.cc_norm.notna().sum() == (table.reliability > .1).sum()
 
 
@@ -449,7 +489,8 @@ def test_similarity_of_layers_by_hand(ds):
         n = len(K)
         K, L = (M - np.diag(np.diag(M)) for M in (K, L))
         one = np.ones(n)
-        return (np.trace(K @ L) + one @ K @ one * (one @ L @ one) / ((n - 1) * (n - 2)) - 2 * one @ K @ L @ one / (n - 2)) / (n * (n - 3))
+        return (np.trace(K @ L) + one @ K @ one * (one @ L @ one) / ((n - 1) * (n - 2))
+                - 2 * one @ K @ L @ one / (n - 2)) / (n * (n - 3))
     K, L = ((Z - Z.mean(0)) @ (Z - Z.mean(0)).T for Z in (X, Y))
     assert told["cka_h2"] == pytest.approx(hsic(K, L) / np.sqrt(hsic(K, K) * hsic(L, L)), abs=1e-9)
     at = np.triu_indices(len(X), 1)
@@ -496,7 +537,8 @@ def test_the_random_encoder_has_the_initial_weights(ds):
     assert all(torch.equal(p, q) for p, q in zip(still.parameters(), fresh.parameters()))
     h = still.encoder.stages["h1"][0](still.standardise(ds.images))
     norm = still.encoder.stages["h1"][1]
-    assert torch.allclose(norm.running_mean, h.mean((0, 2, 3)), atol=.15 * h.std().item()) and not still.training
+    assert (torch.allclose(norm.running_mean, h.mean((0, 2, 3)), atol=.15 * h.std().item())
+            and not still.training)
 
 
 def test_missing_entries_train_and_score(ds):
@@ -513,13 +555,15 @@ def test_missing_entries_train_and_score(ds):
 
 def test_paired_differences_by_hand():
     rows = [dict(seed=s, variant=v, tap=t, weight=w, neuron=None, name="cka_h2", value=x)
-            for v, t, w, xs in (("ae", None, None, (.1, .2, .15)), ("nr", 2, None, (.2, .2, .3)), ("dae_nr", 2, 1., (.3, .25, .1)))
+            for v, t, w, xs in (("ae", None, None, (.1, .2, .15)), ("nr", 2, None, (.2, .2, .3)),
+                                ("dae_nr", 2, 1., (.3, .25, .1)))
             for s, x in enumerate(xs)]
     found = paired_differences(pd.DataFrame(rows), ["cka_h2", "psnr"])
     assert found[["variant", "against"]].values.tolist() == [["dae_nr", "ae"], ["dae_nr", "nr"]]
     d = np.array([.2, .05, -.05])
     first = found.iloc[0]
-    assert (first["mean"], first["sd"], first.positive, first.seeds) == (pytest.approx(d.mean()), pytest.approx(d.std(ddof=1)), 2, 3)
+    assert ((first["mean"], first["sd"], first.positive, first.seeds)
+            == (pytest.approx(d.mean()), pytest.approx(d.std(ddof=1)), 2, 3))
 
 
 def test_a_given_recording_serves_every_seed(ds):
@@ -528,4 +572,5 @@ def test_a_given_recording_serves_every_seed(ds):
     pca = per_seed(table, "psnr", "pca")
     assert pca[0] == pca[1] and per_seed(table, "psnr", "ae").nunique() == 2
     own = compare_variants(None, ("pca", "ae"), seeds=(0, 1), config=config)
-    assert per_seed(own, "psnr", "pca").nunique() == 2 and set(own.variant) == {"ae", "pca", "random", "recording"}
+    assert (per_seed(own, "psnr", "pca").nunique() == 2
+            and set(own.variant) == {"ae", "pca", "random", "recording"})

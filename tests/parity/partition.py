@@ -57,25 +57,29 @@ def test_an_order_leaves_the_global_generator_alone():
 
 
 @pytest.mark.parametrize("K,increment,base,sizes", [
-    (10, 2, None, [2] * 5), (100, 10, None, [10] * 10), (100, 20, None, [20] * 5), (100, 5, 50, [50] + [5] * 10),
-    (100, 10, 50, [50] + [10] * 5), (50, 5, 25, [25] + [5] * 5), (4, 4, None, [4]), (4, 1, 4, [4]), (3, 1, None, [1] * 3)])
+    (10, 2, None, [2] * 5), (100, 10, None, [10] * 10), (100, 20, None, [20] * 5),
+    (100, 5, 50, [50] + [5] * 10), (100, 10, 50, [50] + [10] * 5), (50, 5, 25, [25] + [5] * 5),
+    (4, 4, None, [4]), (4, 1, 4, [4]), (3, 1, None, [1] * 3)])
 def test_published_protocols(K, increment, base, sizes):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert task_sizes(K, increment, base) == sizes
 
 
-@pytest.mark.parametrize("K,increment,base,sizes", [(10, 3, None, [3, 3, 3, 1]), (5, 4, 2, [2, 3]), (7, 9, 2, [2, 5])])
+@pytest.mark.parametrize("K,increment,base,sizes",
+                         [(10, 3, None, [3, 3, 3, 1]), (5, 4, 2, [2, 3]), (7, 9, 2, [2, 5])])
 def test_a_smaller_last_task_warns(K, increment, base, sizes):
     with pytest.warns(UserWarning, match=f"the last task has {sizes[-1]}"):
         assert task_sizes(K, increment, base) == sizes
 
 
-@pytest.mark.parametrize("order", [0, 7, "natural", "icarl-1993", [5, 3, 1, 0, 2, 4], ["4", "0", "1", "5", "3", "2"]])
+@pytest.mark.parametrize("order",
+                         [0, 7, "natural", "icarl-1993", [5, 3, 1, 0, 2, 4], ["4", "0", "1", "5", "3", "2"]])
 def test_every_image_is_in_one_task_under_its_new_label(order):
     x, y, xt, yt = arrays()
     stream = TaskStream.from_arrays(x, y, xt, yt, 2, class_order=order)
-    assert stream.bounds == (2, 4, 6) and stream.classes == tuple(map(str, stream.order)) and stream.name == "arrays"
+    assert (stream.bounds == (2, 4, 6) and stream.classes == tuple(map(str, stream.order))
+            and stream.name == "arrays")
     seen = []
     for t, task in enumerate(stream):
         assert (task.index, task.first, task.stop) == (t, 2 * t, 2 * t + 2)
@@ -104,12 +108,14 @@ def test_named_tasks_may_leave_classes_out():
 def test_numpy_and_torch_and_kinds_of_numbers_give_the_same_stream():
     x, y, xt, yt = arrays()
     first = TaskStream.from_arrays(x, y, xt, yt)
-    second = TaskStream.from_arrays(torch.from_numpy(x), y.astype(np.int32), torch.from_numpy(xt), torch.from_numpy(yt))
+    second = TaskStream.from_arrays(torch.from_numpy(x), y.astype(np.int32), torch.from_numpy(xt),
+                                    torch.from_numpy(yt))
     third = TaskStream.from_arrays(x / 255, y.tolist(), (xt / 255).astype(np.float32), yt.astype(np.uint8))
     for a, b, c in zip(first, second, third):
         assert torch.equal(a.train.image, b.train.image) and torch.equal(a.train.label, b.train.label)
         assert c.train.image.dtype == torch.float32 and torch.allclose(c.train.image, a.train.image / 255)
-    assert third.mean == pytest.approx((x / 255).mean((0, 2, 3))) and third.std == pytest.approx((x / 255).std((0, 2, 3)), rel=.01)
+    assert (third.mean == pytest.approx((x / 255).mean((0, 2, 3)))
+            and third.std == pytest.approx((x / 255).std((0, 2, 3)), rel=.01))
     assert first.mean == pytest.approx(third.mean)
 
 
@@ -126,7 +132,8 @@ def test_validation_comes_out_of_the_task_s_own_training_images():
     stream = TaskStream.from_arrays(*arrays(n=10))
     held = stream.with_validation(.3, seed=1)
     for task, whole in zip(held, stream):
-        assert task.validation.counts[task.block].tolist() == [3, 3] and task.train.counts[task.block].tolist() == [7, 7]
+        assert (task.validation.counts[task.block].tolist() == [3, 3]
+                and task.train.counts[task.block].tolist() == [7, 7])
         numbers = torch.cat([task.train.image, task.validation.image])[:, 1, 0, 0]
         assert sorted(numbers.tolist()) == sorted(whole.train.image[:, 1, 0, 0].tolist())
         assert torch.equal(task.test.image, whole.test.image)
@@ -138,13 +145,15 @@ def test_validation_comes_out_of_the_task_s_own_training_images():
 
 
 @pytest.mark.parametrize("name,shape,counts,bounds", [
-    ("digits", (1, 8, 8), (120, 54), (2, 4, 6, 8, 10)), ("mnist5k", (1, 14, 14), (400, 100), (2, 4, 6, 8, 10)),
+    ("digits", (1, 8, 8), (120, 54), (2, 4, 6, 8, 10)),
+    ("mnist5k", (1, 14, 14), (400, 100), (2, 4, 6, 8, 10)),
     ("glyphs", (1, 16, 16), (60, 40), tuple(range(5, 51, 5)))])
 def test_builtin_streams(name, shape, counts, bounds):
     stream = TaskStream.builtin(name)
     assert (stream.name, stream.shape, stream.bounds) == (name, shape, bounds)
     for task in stream:
-        assert set(task.train.counts[task.block].tolist()) == {counts[0]} and len(task.train) == counts[0] * len(task.classes)
+        assert (set(task.train.counts[task.block].tolist()) == {counts[0]}
+                and len(task.train) == counts[0] * len(task.classes))
         assert set(task.test.counts[task.block].tolist()) == {counts[1]}
         assert task.train.image.dtype == torch.float32
     train, test = ({x.numpy().tobytes() for x in d.image} for d in (stream.train, stream.test))
@@ -162,7 +171,8 @@ def test_mnist_of_the_stream_is_the_pooled_mnist():
 # folders
 
 WRITERS = {"cifar10": lambda root: write_cifar10_fixture(root, 1), "cifar100": write_cifar100_fixture,
-           "svhn": lambda root: write_svhn_fixture(root, 1), "gtsrb": lambda root: write_gtsrb_fixture(root, 1),
+           "svhn": lambda root: write_svhn_fixture(root, 1),
+           "gtsrb": lambda root: write_gtsrb_fixture(root, 1),
            "tiny_imagenet": lambda root: write_tiny_imagenet_fixture(root, 1, 2, 4)}
 
 
@@ -176,8 +186,10 @@ def test_every_set_of_the_catalogue_is_recognised(name, tmp_path):
 def test_cifar100_in_its_pickles_is_ten_by_ten(tmp_path):
     root = write_cifar100_fixture(tmp_path, per_class=2)
     stream, plain = TaskStream.from_folder(root), read_cifar100(root)
-    assert stream.bounds == tuple(range(10, 101, 10)) and list(stream.order[:10]) == ICARL[0] and stream.shape == (3, 32, 32)
-    assert torch.equal(stream.tasks[0].train.image[stream.tasks[0].train.label == 0], plain.image[plain.label == 68])
+    assert (stream.bounds == tuple(range(10, 101, 10)) and list(stream.order[:10]) == ICARL[0]
+            and stream.shape == (3, 32, 32))
+    assert torch.equal(stream.tasks[0].train.image[stream.tasks[0].train.label == 0],
+                       plain.image[plain.label == 68])
     assert stream.classes[0] == plain.classes[68] and stream.mean == (.5071, .4866, .4409)
     assert TaskStream.from_folder(root / "cifar-100-python", 5, 50).bounds == (50, *range(55, 101, 5))
 
@@ -185,14 +197,16 @@ def test_cifar100_in_its_pickles_is_ten_by_ten(tmp_path):
 def test_tiny_imagenet_uses_its_validation_images_as_test(tmp_path):
     root = write_tiny_imagenet_fixture(tmp_path, val=30, per_class=2, classes=30)
     stream = TaskStream.from_folder(root, 10)
-    assert len(stream) == 3 and stream.shape == (3, 64, 64) and (len(stream.train), len(stream.test)) == (60, 30)
+    assert (len(stream) == 3 and stream.shape == (3, 64, 64)
+            and (len(stream.train), len(stream.test)) == (60, 30))
 
 
 @pytest.fixture
 def tree(tmp_path):
     """Twelve pictures in a folder a class, of several kinds and sizes."""
     for i in range(12):
-        path = tmp_path / "all" / ("cat", "dog", "car")[i % 3] / f"{i:02d}.{('png', 'jpg', 'bmp', 'tif')[i // 3]}"
+        path = (tmp_path / "all" / ("cat", "dog", "car")[i % 3]
+                / f"{i:02d}.{('png', 'jpg', 'bmp', 'tif')[i // 3]}")
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(SynthSigns(3, 24 + i).draw(i)).save(path)
     (tmp_path / "all/cat/notes.txt").write_text("no picture")
@@ -211,7 +225,8 @@ def test_a_divided_folder_is_read_as_it_is_divided(tree, test):
     assert stream.classes == ("car", "cat", "dog") and stream.shape == (3, 20, 20) and stream.name == "set"
     assert len(stream.train) == 9 and len(stream.test) == 3
     with Image.open(tree / f"set/{test}/cat/a.png") as im:
-        assert np.array_equal(np.asarray(im.resize((20, 20), Image.Resampling.BILINEAR)).transpose(2, 0, 1), stream.tasks[1].test.image[0])
+        assert np.array_equal(np.asarray(im.resize((20, 20), Image.Resampling.BILINEAR)).transpose(2, 0, 1),
+                              stream.tasks[1].test.image[0])
 
 
 def test_an_undivided_folder_sets_a_share_of_each_class_aside(tree):
@@ -233,27 +248,32 @@ def test_training_in_its_own_task_sees_the_same_batches():
             pairs = zip(batches(DictData(image=task.train.image, label=task.train.label), 4, seed=t),
                         batches(DictData(image=own.train.image, label=own.train.label), 4, seed=t))
             for a, b in pairs:
-                assert all(torch.equal(a[k], torch.as_tensor(b[k])) for k in a) and isinstance(b["image"], GuardedTensor)
+                assert (all(torch.equal(a[k], torch.as_tensor(b[k])) for k in a)
+                        and isinstance(b["image"], GuardedTensor))
 
 
 @pytest.mark.parametrize("touch", [
-    lambda d: d.image[0], lambda d: d.image + 1, lambda d: d.image.numpy(), lambda d: d.label.tolist(), lambda d: d.image.sum(),
-    lambda d: torch.cat([d.image, d.image]), lambda d: d.subset([0]), lambda d: d.counts, lambda d: d.label == 0,
-    lambda d: next(iter(d.image)), lambda d: d.image.data, lambda d: next(iter(batches(DictData(image=d.image), 2))),
+    lambda d: d.image[0], lambda d: d.image + 1, lambda d: d.image.numpy(), lambda d: d.label.tolist(),
+    lambda d: d.image.sum(), lambda d: torch.cat([d.image, d.image]), lambda d: d.subset([0]),
+    lambda d: d.counts, lambda d: d.label == 0, lambda d: next(iter(d.image)), lambda d: d.image.data,
+    lambda d: next(iter(batches(DictData(image=d.image), 2))),
     lambda d: torch.zeros(1).copy_(d.label[:1]), lambda d: torch.nn.Conv2d(2, 1, 1)(d.image.float())],
-    ids=["index", "add", "numpy", "tolist", "sum", "cat", "subset", "counts", "compare", "iterate", "data", "loader", "copy", "forward"])
+    ids=["index", "add", "numpy", "tolist", "sum", "cat", "subset", "counts", "compare", "iterate", "data",
+         "loader", "copy", "forward"])
 def test_any_touch_of_another_task_is_found(touch):
     stream = TaskStream.from_arrays(*arrays()).with_validation(.2).guarded()
     for t, task in ((1, 0), (0, 1), (2, 0)):
         for data in (stream.tasks[task].train, stream.tasks[task].validation):
-            with stream.during(t), pytest.raises(RawDataError, match=f"data of task {task} was used during task {t}; .*uses_raw_data"):
+            with stream.during(t), pytest.raises(
+                    RawDataError, match=f"data of task {task} was used during task {t}; .*uses_raw_data"):
                 touch(data)
     touch(stream.tasks[0].train)  # between tasks everything may be looked at
 
 
 @pytest.mark.parametrize("keep", [
-    lambda x: x[:2].clone(), lambda x: x.float() / 255, lambda x: torch.stack([x[0], x[1]]), lambda x: list(x)[0],
-    lambda x: x.to(torch.float64).flatten(1), lambda x: x.split(2)[0], lambda x: x.detach()[torch.tensor([1, 0])]],
+    lambda x: x[:2].clone(), lambda x: x.float() / 255, lambda x: torch.stack([x[0], x[1]]),
+    lambda x: list(x)[0], lambda x: x.to(torch.float64).flatten(1), lambda x: x.split(2)[0],
+    lambda x: x.detach()[torch.tensor([1, 0])]],
     ids=["clone", "scale", "stack", "list", "convert", "split", "index"])
 def test_a_buffer_of_old_images_is_found(keep):
     stream = TaskStream.from_arrays(*arrays()).guarded()
@@ -271,7 +291,8 @@ def test_the_learner_gives_the_same_weights_with_and_without_a_guard():
         for t in range(2):
             with stream.during(t) as task:
                 data = batches(DictData(image=task.train.image, label=task.train.label), 32)
-                Learner(net, lambda out, batch: {"new": torch.nn.functional.cross_entropy(out, batch["label"])}, data,
+                Learner(net, lambda out, batch: {
+                    "new": torch.nn.functional.cross_entropy(out, batch["label"])}, data,
                         torch.optim.SGD(net.parameters(), .1), device="cpu").fit(1)
         weights.append(net[1].weight.detach().clone())
     assert torch.equal(*weights)
@@ -288,7 +309,8 @@ def test_what_was_learned_may_be_kept():
     with stream.during(1):
         for kept in (logits, loss, fisher, gram):
             assert type(kept) is torch.Tensor and kept.sum().isfinite()
-        assert stream.seen(0).label.max() == 1 and len(stream.tasks[0].train) == 10 and stream.tasks[2].train.shape == (2, 3, 3)
+        assert (stream.seen(0).label.max() == 1 and len(stream.tasks[0].train) == 10
+                and stream.tasks[2].train.shape == (2, 3, 3))
 
 
 def test_joint_training_must_be_declared():
@@ -321,7 +343,8 @@ def test_every_typeface_has_every_character_as_pillow_draws_it():
             box = np.asarray(sheet.crop(sheet.getbbox()), float)
             ours = glyph(c, font)
             ours = np.asarray(ours.crop(ours.getbbox()), float)
-            assert abs(np.subtract(ours.shape, box.shape)).max() <= 1 and ours.sum() == pytest.approx(box.sum(), rel=.02)
+            assert (abs(np.subtract(ours.shape, box.shape)).max() <= 1
+                    and ours.sum() == pytest.approx(box.sum(), rel=.02))
 
 
 def test_no_two_characters_of_a_typeface_look_the_same():
@@ -331,13 +354,16 @@ def test_no_two_characters_of_a_typeface_look_the_same():
         assert len(drawn) == 50
 
 
-@pytest.mark.parametrize("turn,scale,shear,shift", [(15, 1, 0, (0, 0)), (0, 1.2, 0, (0, 0)), (0, 1, -.2, (0, 0)),
-                                                    (0, 1, 0, (4, -3)), (-12, .85, .15, (-2.5, 3.2))])
+@pytest.mark.parametrize("turn,scale,shear,shift",
+                         [(15, 1, 0, (0, 0)), (0, 1.2, 0, (0, 0)), (0, 1, -.2, (0, 0)), (0, 1, 0, (4, -3)),
+                          (-12, .85, .15, (-2.5, 3.2))])
 def test_distortion_against_scipy(turn, scale, shear, shift):
-    """ndimage works in (row, column) and maps results to sources, so it gets the inverse of R·S with axes swapped."""
+    """ndimage works in (row, column) and maps results to sources, so it gets the inverse of R·S with axes
+    swapped."""
     picture = glyph("R", "DejaVuSerif")
     a = np.deg2rad(turn)
-    forward = scale * np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]]) @ np.array([[1, shear], [0, 1]])
+    forward = (scale * np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]])
+               @ np.array([[1, shear], [0, 1]]))
     back = np.linalg.inv(forward)[::-1, ::-1]
     middle = 31.5  # pixel centres
     offset = middle - back @ (middle + np.array(shift)[::-1])
@@ -371,4 +397,5 @@ def test_glyphs_do_not_depend_on_global_state():
 
 def test_the_pickles_of_the_fixture_hold_bytes_as_python_two_wrote_them(tmp_path):
     raw = (write_cifar100_fixture(tmp_path) / "cifar-100-python/train").read_bytes()
-    assert set(pickle.load(io.BytesIO(raw), encoding="bytes")) == {b"data", b"fine_labels", b"coarse_labels", b"batch_label", b"filenames"}
+    assert set(pickle.load(io.BytesIO(raw), encoding="bytes")) == {
+        b"data", b"fine_labels", b"coarse_labels", b"batch_label", b"filenames"}

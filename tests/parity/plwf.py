@@ -1,4 +1,7 @@
-"""PLwF's teachers and credit assignment against term-by-term KL in torch, hand-made projections, torchjd and Avalanche's LwF formula."""
+"""PLwF's teachers and credit assignment against independent computations.
+
+Term-by-term KL in torch, hand-made projections, torchjd and Avalanche's LwF formula.
+"""
 import copy
 import gc
 import os
@@ -17,7 +20,8 @@ from torch import nn
 from visionbench.core.tensors import DictData, batches, generator
 from visionbench.data.hygiene import RawDataError, TaskGuard, guard_tensor
 from visionbench.nn.resnet import cifar_resnet
-from visionbench.systems.plwf.collapse import FORMS, Collapse, SoftTargets, block_logsumexp, soften, softmax_spans
+from visionbench.systems.plwf.collapse import (FORMS, Collapse, SoftTargets, block_logsumexp, soften,
+                                               softmax_spans)
 from visionbench.systems.plwf.credit import CreditAssignment, CreditAssignmentCB, project
 from visionbench.systems.plwf.projection import MOVES
 from visionbench.systems.plwf.snapshots import Snapshots
@@ -48,14 +52,16 @@ class Says(nn.Module):
 
 def teachers_and_student(bounds, n=20, dtype=torch.float64, scale=3.):
     nets = [Says(scale * randn(n, c, seed=i, dtype=dtype)) for i, c in enumerate(bounds[:-1])]
-    return nets, (scale * randn(n, bounds[-1], seed=99, dtype=dtype)).requires_grad_(), torch.arange(n, dtype=torch.float64).view(n, 1, 1, 1)
+    return (nets, (scale * randn(n, bounds[-1], seed=99, dtype=dtype)).requires_grad_(),
+            torch.arange(n, dtype=torch.float64).view(n, 1, 1, 1))
 
 
 def term_by_term(student, nets, bounds, ids, weights, kd, tau):
     """Spec of the knowledge space, one KL after the other through torch's own kl_div."""
     total = 0
     for i, w in zip(ids, weights):
-        spans = dict(joint=[(0, bounds[i])], per_task=[*zip((0, *bounds), bounds[:i + 1])], own=[(([0] + [*bounds])[i], bounds[i])])[kd]
+        spans = dict(joint=[(0, bounds[i])], per_task=[*zip((0, *bounds), bounds[:i + 1])],
+                     own=[(([0] + [*bounds])[i], bounds[i])])[kd]
         for a, b in spans:
             log_q, p = (student[:, a:b] / tau).log_softmax(1), (nets[i].logits[:, a:b] / tau).softmax(1)
             total = total + w * tau**2 * F.kl_div(log_q, p, reduction="batchmean")
@@ -77,8 +83,10 @@ def test_collapsed_equals_term_by_term(dtype, tolerance, kd, bounds, weights):
         expected = term_by_term(student, nets, bounds, ids, space.weights, kd, 2.)
         assert list(separate) == [f"teacher{i}" for i in ids]
         for loss in (ours, sum(separate.values())):
-            grad, reference = (torch.autograd.grad(v, student, retain_graph=True)[0] for v in (loss, expected))
-            assert abs(loss - expected) <= tolerance * max(1., abs(expected)) and (grad - reference).abs().max() <= tolerance
+            grad, reference = (torch.autograd.grad(v, student, retain_graph=True)[0]
+                               for v in (loss, expected))
+            assert (abs(loss - expected) <= tolerance * max(1., abs(expected))
+                    and (grad - reference).abs().max() <= tolerance)
 
 
 @pytest.mark.parametrize("kd", FORMS)
@@ -98,10 +106,12 @@ def test_a_constant_on_a_softmax_changes_nothing(kd):
     loss = before.loss(student, before.prepare(x))
     shifted = copy.deepcopy(nets)
     for i, net in enumerate(shifted):
-        for k, (a, b) in enumerate(softmax_spans(kd, bounds, i)): net.logits.data[:, a:b] += 10. * (k + 1) - 7 * i
+        for k, (a, b) in enumerate(softmax_spans(kd, bounds, i)):
+            net.logits.data[:, a:b] += 10. * (k + 1) - 7 * i
     space = KnowledgeSpace(shifted, bounds, kd=kd)
     moved = student.clone()
-    for k, (a, b) in enumerate([(0, 6)] if kd == "joint" else [*zip((0, *bounds), bounds)]): moved[:, a:b] += 5. * k - 11
+    for k, (a, b) in enumerate([(0, 6)] if kd == "joint" else [*zip((0, *bounds), bounds)]):
+        moved[:, a:b] += 5. * k - 11
     assert abs(space.loss(moved, space.prepare(x)) - loss) < 1e-12
     moved[:, 6:] += 1e3  # classes that no teacher knows
     assert abs(space.loss(moved, space.prepare(x)) - loss) < 1e-12
@@ -135,25 +145,30 @@ def test_very_high_temperature_compares_centred_logits():
 
 
 def test_equals_avalanche_times_temperature_squared():
-    """Avalanche 0.6, `avalanche/training/regularization.py`, LearningWithoutForgetting, written down by formula: the last network teaches the
-    classes seen, kl_div(log_softmax(out/T), softmax(prev/T), 'batchmean') with T = 2, and no T² in front."""
+    """Avalanche 0.6, `avalanche/training/regularization.py`, LearningWithoutForgetting, as a formula.
+
+    The last network teaches the classes seen, kl_div(log_softmax(out/T), softmax(prev/T), 'batchmean') with
+    T = 2, and no T² in front."""
     bounds, T = (2, 4, 6), 2.
     nets, student, x = teachers_and_student(bounds)
     seen = [0, 1, 2, 3]
-    avalanche = F.kl_div((student[:, seen] / T).log_softmax(1), (nets[-1].logits[:, seen] / T).softmax(1), reduction="batchmean")
+    avalanche = F.kl_div((student[:, seen] / T).log_softmax(1), (nets[-1].logits[:, seen] / T).softmax(1),
+                         reduction="batchmean")
     lwf = KnowledgeSpace(nets, bounds, T, teachers="last")
     assert abs(lwf.loss(student, lwf.prepare(x)) - T**2 * avalanche) < 1e-14
 
 
 def test_equal_supports_are_the_mean_teacher():
-    """With one soft-max that all share, distilling from several teachers is distilling from their mean, up to a constant."""
+    """With one soft-max that all share, distilling from several teachers is distilling from their mean, up to
+    a constant."""
     spans = ((0, 5),)
     z, a, b = randn(9, 5, seed=1).requires_grad_(), randn(9, 5, seed=2), randn(9, 5, seed=3)
     mean = ((a / 2).softmax(1) + (b / 2).softmax(1)) / 2
     both = SoftTargets(*(x + y for x, y in zip(soften(a, spans, 2., .5), soften(b, spans, 2., .5))))
     space = Collapse("joint", (5,), (0,), (1.,), 2.)
     expected = 4 * F.kl_div((z / 2).log_softmax(1), mean, reduction="batchmean")
-    assert torch.allclose(torch.autograd.grad(space.loss(z, both), z)[0], torch.autograd.grad(expected, z)[0], atol=1e-15)
+    assert torch.allclose(torch.autograd.grad(space.loss(z, both), z)[0],
+                          torch.autograd.grad(expected, z)[0], atol=1e-15)
 
 
 def test_the_step_does_not_grow_with_the_teachers():
@@ -167,7 +182,8 @@ def test_the_step_does_not_grow_with_the_teachers():
     for T in (3, 5, 11, 21):  # 2 … 20 teachers
         bounds = tuple(range(2, 2 * T + 1, 2))
         space = Collapse("joint", bounds[:-1], tuple(range(T - 1)), (1 / (T - 1),) * (T - 1), 2.)
-        z, P = randn(4, 2 * T, seed=T).requires_grad_(), torch.full((4, 2 * T - 2), 1 / (2 * T - 2), dtype=torch.float64)
+        z, P = (randn(4, 2 * T, seed=T).requires_grad_(),
+                torch.full((4, 2 * T - 2), 1 / (2 * T - 2), dtype=torch.float64))
         targets = SoftTargets(P, torch.zeros(4, dtype=torch.float64))
         found[T] = len(nodes(space.loss(z, targets).grad_fn, set())), targets.bytes / 32 / 4
         assert targets.bytes == 4 * 8 * (space.classes + 1)
@@ -180,14 +196,15 @@ def test_large_logits_stay_finite():
     assert torch.equal(block_logsumexp(z, edges), torch.tensor([[1e4, 3e4, 2e4]]))
     space = Collapse("joint", edges, (0, 1, 2), (1., 1., 1.), 2.)
     shares = [soften(z, s, 2.) for s in space.spans]
-    targets = SoftTargets(sum(F.pad(s.P, (0, 6 - s.P.shape[1])) for s in shares), sum(s.const for s in shares))
+    targets = SoftTargets(sum(F.pad(s.P, (0, 6 - s.P.shape[1])) for s in shares),
+                          sum(s.const for s in shares))
     student = z.flip(1).requires_grad_()
     assert torch.autograd.grad(space.loss(student, targets), student)[0].isfinite().all()
 
 
 def small_cnn(classes):
-    return nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Dropout(.5),
-                         nn.Linear(256, classes))
+    return nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1),
+                         nn.ReLU(), nn.Flatten(), nn.Dropout(.5), nn.Linear(256, classes))
 
 
 def resnet(classes):
@@ -219,9 +236,12 @@ def test_loop_vmap_and_cache_agree(build, kd):
             assert found.P.shape == cached.P.shape and (found.P - cached.P).abs().max() <= 1e-5
             assert (found.const - cached.const).abs().max() <= 1e-5
     student = randn(30, 8, dtype=torch.float32)
-    losses = [s.loss(student, t).item() for s, t in ((spaces[0], cached), (spaces[0], spaces[0].online(x)), (spaces[1], spaces[1].online(x)))]
+    losses = [s.loss(student, t).item() for s, t in ((spaces[0], cached), (spaces[0], spaces[0].online(x)),
+                                                     (spaces[1], spaces[1].online(x)))]
     assert max(losses) - min(losses) <= 1e-5
-    assert [n.training for n in nets] == [True] * 3 and all(p.requires_grad for n in nets for p in n.parameters())  # the given nets are left alone
+    # the given nets are left alone
+    assert [n.training for n in nets] == [True] * 3 and all(p.requires_grad
+                                                            for n in nets for p in n.parameters())
 
 
 def test_bytes_are_images_too():
@@ -249,7 +269,8 @@ def test_guarded_images_teach_in_their_own_task_only(forward):
     space = KnowledgeSpace([trained(small_cnn, 2), trained(small_cnn, 4)], (2, 4, 6), teacher_forward=forward)
     with guard.during(2): found = [space.prepare(x), space.online(x), space.targets(dict(image=x))]
     expected = space.prepare(plain)
-    assert all(type(t) is torch.Tensor and torch.allclose(t, e, atol=1e-6) for f in found for t, e in zip(f, expected))
+    assert all(type(t) is torch.Tensor and torch.allclose(t, e, atol=1e-6)
+               for f in found for t, e in zip(f, expected))
     with guard.during(1):
         for ask in (space.prepare, space.online):
             with pytest.raises(RawDataError, match="task 2 was used during task 1"): ask(x)
@@ -267,9 +288,11 @@ def test_cached_mode_holds_one_teacher_and_counts_what_it_costs(tmp_path):
         return build(classes)
     snapshots.build = counted
     space.prepare(x)
-    assert len(set(alive)) == 1 and len(alive) == 3  # no network more when the third is built than when the first was
+    # no network more when the third is built than when the first was
+    assert len(set(alive)) == 1 and len(alive) == 3
     cost = space.cost
-    assert (cost.teachers, cost.forwards, cost.resident, cost.cache_bytes) == (3, 150, 1, 50 * 7 * 4) and cost.prepare_seconds > 0
+    assert ((cost.teachers, cost.forwards, cost.resident, cost.cache_bytes) == (3, 150, 1, 50 * 7 * 4)
+            and cost.prepare_seconds > 0)
     assert cost.snapshot_bytes == snapshots.bytes == sum(p.stat().st_size for p in tmp_path.iterdir())
     space.online(x[:10])
     assert cost.resident == 3 and cost.forwards == 180
@@ -287,7 +310,8 @@ def test_snapshots_survive_the_next_task_untouched(tmp_path):
         torch.optim.SGD(net.parameters(), .5).step()
     teacher = snapshots[0]
     assert file.read_bytes() == content and torch.equal(teacher(torch.ones(3, 1, 14, 14)), said)
-    assert not teacher.training and not any(m.training for m in teacher.modules()) and not any(p.requires_grad for p in teacher.parameters())
+    assert (not teacher.training and not any(m.training for m in teacher.modules())
+            and not any(p.requires_grad for p in teacher.parameters()))
     before = teacher.state_dict()["1.running_mean"].clone()
     space.online(x + 5)
     assert torch.equal(space.awake[x.device][0].state_dict()["1.running_mean"], before)
@@ -297,13 +321,15 @@ def test_snapshots_survive_the_next_task_untouched(tmp_path):
 def test_bfloat16_snapshots_keep_logits_within_two_per_cent(tmp_path):
     for build in (small_cnn, resnet):
         net = trained(build, 6).eval()
-        half, full = (Snapshots(build, tmp_path / f"{build.__name__}-{d}", d) for d in (torch.bfloat16, torch.float32))
+        half, full = (Snapshots(build, tmp_path / f"{build.__name__}-{d}", d)
+                      for d in (torch.bfloat16, torch.float32))
         for s in (half, full): s.append(net, 6)
         x = torch.rand(100, 1, 14, 14, generator=seeded(7))
         with torch.no_grad(): exact = net(x)
         assert torch.equal(full[0](x), exact)
         error = ((half[0](x) - exact).norm() / exact.norm()).item()
-        assert 0 < error <= .02 and half.bytes < full.bytes and next(half[0].parameters()).dtype == torch.float32
+        assert (0 < error <= .02 and half.bytes < full.bytes
+                and next(half[0].parameters()).dtype == torch.float32)
         assert half[0].state_dict().keys() == net.state_dict().keys()
         if build is small_cnn: assert half[0].state_dict()["1.num_batches_tracked"] == 20
 
@@ -335,7 +361,8 @@ def test_projection_equals_the_equations(mode, seed):
 
 def test_analytic_case():
     update, about = project(torch.tensor([1., 0.]), torch.tensor([-1., 1.]))
-    assert update.tolist() == [-.5, 1.5] and about.coefficient == -.5 and (update - torch.tensor([-1., 1.])).tolist() == [.5, .5]
+    assert (update.tolist() == [-.5, 1.5] and about.coefficient == -.5
+            and (update - torch.tensor([-1., 1.])).tolist() == [.5, .5])
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-14)])
@@ -360,10 +387,12 @@ def test_orthogonal_on_conflict_and_untouched_without(size, dtype, tolerance):
 @pytest.mark.parametrize("mode", MOVES)
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_zero_gradients_are_left_alone(mode, scope):
-    new, nothing = [randn(3, 4), randn(5)], [torch.zeros(3, 4, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)]
+    new, nothing = ([randn(3, 4), randn(5)],
+                    [torch.zeros(3, 4, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)])
     for a, b in ((new, nothing), (nothing, new), (nothing, nothing)):
         update, about = project(a, b, mode, scope)
-        assert torch.equal(flat(update), flat(a) + flat(b)) and not about.projected.any() and not about.cosine.any()
+        assert (torch.equal(flat(update), flat(a) + flat(b)) and not about.projected.any()
+                and not about.cosine.any())
 
 
 @pytest.mark.parametrize("mode", MOVES)
@@ -375,7 +404,8 @@ def test_layer_scope_is_one_projection_per_tensor(mode):
         assert u.shape == n.shape and torch.allclose(u, alone, atol=1e-14)
         assert all(torch.allclose(a[k], b, atol=1e-14) for a, b in zip(about, one))
     whole = about.whole()
-    assert torch.allclose(whole.cosine, F.cosine_similarity(flat(new), flat(old), 0)) and torch.allclose(whole.norm_new, flat(new).norm())
+    assert (torch.allclose(whole.cosine, F.cosine_similarity(flat(new), flat(old), 0))
+            and torch.allclose(whole.norm_new, flat(new).norm()))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -397,19 +427,23 @@ def test_per_teacher_yields_in_turn():
     for j in order: g -= min(0., (g @ old[j - 1]).item()) / (old[j - 1] @ old[j - 1]) * old[j - 1]
     update, _ = project(new, old, "per_teacher", generator=seeded(3))
     assert (update - g - old.sum(0)).abs().max() < 1e-13
-    listed = project([new[:20], new[20:]], [[o[:20], o[20:]] for o in old], "per_teacher", generator=seeded(3))[0]
+    listed = project([new[:20], new[20:]], [[o[:20], o[20:]] for o in old], "per_teacher",
+                     generator=seeded(3))[0]
     assert (flat(listed) - update).abs().max() < 1e-13
-    assert torch.allclose(project(new, old, "new")[0], project(new, old.sum(0))[0])  # other modes add the teachers up
+    # other modes add the teachers up
+    assert torch.allclose(project(new, old, "new")[0], project(new, old.sum(0))[0])
 
 
 def stream(n=64, seed=0, classes=6):
     """Data of a third task, and a loss with the two earlier networks as teachers, each a term."""
     nets = [trained(small_mlp, c, seed=c) for c in (2, 4)]
-    x, y = torch.rand(n, 1, 14, 14, generator=seeded(seed)), torch.randint(4, classes, (n,), generator=seeded(seed + 1))
+    x, y = (torch.rand(n, 1, 14, 14, generator=seeded(seed)),
+            torch.randint(4, classes, (n,), generator=seeded(seed + 1)))
     space = KnowledgeSpace(nets, (2, 4, 6))
     def loss(out, batch):
         targets = space.online(batch["image"], separate=True)
-        return dict(new=F.cross_entropy(out, batch["label"]), **{k: 2 * v for k, v in space.terms(out, targets).items()})
+        return dict(new=F.cross_entropy(out, batch["label"]),
+                    **{k: 2 * v for k, v in space.terms(out, targets).items()})
     return DictData(image=x, label=y), loss
 
 
@@ -421,8 +455,8 @@ def fit(*callbacks, steps=3, precision="no"):
     torch.manual_seed(4)
     net = small_mlp(6)
     data, loss = stream()
-    learner = Learner(net, loss, batches(data, 16, seed=2), torch.optim.SGD(net.parameters(), .1), callbacks, device="cpu",
-                      precision=precision, limit_batches=steps)
+    learner = Learner(net, loss, batches(data, 16, seed=2), torch.optim.SGD(net.parameters(), .1), callbacks,
+                      device="cpu", precision=precision, limit_batches=steps)
     return net, learner.fit(1)
 
 
@@ -448,7 +482,8 @@ def test_the_callback_steps_along_the_projected_gradient(mode, scope):
 
 def test_off_equals_backward_and_new_does_not():
     plain, off, new = (fit(*c)[0] for c in ((), (CreditAssignmentCB("off"),), (CreditAssignmentCB("new"),)))
-    apart = [max((a - b).abs().max().item() for a, b in zip(plain.parameters(), n.parameters())) for n in (off, new)]
+    apart = [max((a - b).abs().max().item() for a, b in zip(plain.parameters(), n.parameters()))
+             for n in (off, new)]
     assert apart[0] < 1e-6 and apart[1] > 1e-3
 
 
@@ -459,13 +494,15 @@ def test_same_seed_gives_the_same_weights_to_the_last_bit():
 
 
 def test_without_stability_terms_it_is_plain_training():
-    def loss(out, batch): return dict(new=F.cross_entropy(out, batch["label"]), distillation=out.new_zeros(()))
+    def loss(out, batch):
+        return dict(new=F.cross_entropy(out, batch["label"]), distillation=out.new_zeros(()))
     ends = []
     for callbacks in ([], [cb := CreditAssignmentCB()]):
         torch.manual_seed(0)
         net = small_mlp(6)
         data, _ = stream()
-        Learner(net, loss, batches(data, 16), torch.optim.SGD(net.parameters(), .1, momentum=.9), callbacks, device="cpu").fit(2)
+        Learner(net, loss, batches(data, 16), torch.optim.SGD(net.parameters(), .1, momentum=.9), callbacks,
+                device="cpu").fit(2)
         ends.append(net)
     assert all(torch.equal(a, b) for a, b in zip(*(n.parameters() for n in ends))) and cb.rows == []
 
@@ -477,9 +514,12 @@ def test_parameters_that_no_term_reaches_have_no_gradient():
     before = copy.deepcopy(net.state_dict())
     x = torch.randn(8, 3, generator=seeded(0))
     seen = []
-    spy = SimpleNamespace(after_backward=lambda learner: seen.append({k: p.grad is not None for k, p in net.named_parameters()}))
-    Learner(net, lambda out, b: dict(new=out.square().mean(), keep=(out - 1).square().mean()), batches(DictData(x=x), 4),
-            torch.optim.SGD([p for p in net.parameters() if p.requires_grad], .1, weight_decay=.5), [CreditAssignmentCB(), spy],
+    spy = SimpleNamespace(after_backward=lambda learner: seen.append({k: p.grad is not None
+                                                                      for k, p in net.named_parameters()}))
+    Learner(net, lambda out, b: dict(new=out.square().mean(), keep=(out - 1).square().mean()),
+            batches(DictData(x=x), 4),
+            torch.optim.SGD([p for p in net.parameters() if p.requires_grad], .1, weight_decay=.5),
+            [CreditAssignmentCB(), spy],
             forward=lambda m, b: m["used"](b["x"]), device="cpu").fit(1)
     assert seen[0] == {k: k.startswith("used") for k in before}
     assert all(torch.equal(v, before[k]) == (not k.startswith("used")) for k, v in net.state_dict().items())
@@ -487,7 +527,8 @@ def test_parameters_that_no_term_reaches_have_no_gradient():
 
 @pytest.mark.parametrize("build", [small_mlp, small_cnn, resnet])
 def test_the_first_step_of_the_second_task_is_not_projected(build):
-    """Student and teacher are one network there: what rounding leaves of g_o must not decide, whatever its cosine."""
+    """Student and teacher are one network there: what rounding leaves of g_o must not decide, whatever its
+    cosine."""
     for seed in range(3):
         teacher = trained(build, 2, seed=seed).eval()
         student = build(4).eval()
@@ -500,7 +541,8 @@ def test_the_first_step_of_the_second_task_is_not_projected(build):
         targets, rows = space.prepare(x), torch.randperm(200, generator=seeded(seed))[:32]
         z = student(x[rows])
         ps = [*student.parameters()]
-        new = torch.autograd.grad(F.cross_entropy(z, torch.randint(2, 4, (32,), generator=seeded(0))), ps, retain_graph=True)
+        new = torch.autograd.grad(F.cross_entropy(z, torch.randint(2, 4, (32,), generator=seeded(0))), ps,
+                                  retain_graph=True)
         old = torch.autograd.grad(8 * space.loss(z, SoftTargets(*(t[rows] for t in targets))), ps)
         update, about = project(list(new), list(old))
         assert about.norm_old < 3e-6 * about.norm_new and about.projected == 0
@@ -509,13 +551,16 @@ def test_the_first_step_of_the_second_task_is_not_projected(build):
 
 def test_clipping_acts_on_the_projected_gradient():
     norms = []
-    spy = SimpleNamespace(after_backward=lambda learner: norms.append(torch.stack([p.grad.norm() for p in learner.model.parameters()]).norm().item()))
+    spy = SimpleNamespace(after_backward=lambda learner: norms.append(
+        torch.stack([p.grad.norm() for p in learner.model.parameters()]).norm().item()))
     fit(CreditAssignmentCB(), spy, ClipGradientCB(.01), spy)
     assert all(before > .1 and abs(after - .01) < 1e-5 for before, after in zip(norms[::2], norms[1::2]))
 
 
 def test_float16_scale_changes_gradients_but_not_what_is_said():
-    """A GradScaler multiplies both losses: p.grad carries its factor, for the optimizer to take off; cosine, a and norms do not."""
+    """A GradScaler multiplies both losses.
+
+    p.grad carries its factor, for the optimizer to take off; cosine, a and norms do not."""
     found = []
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.)):
         torch.manual_seed(0)
@@ -523,12 +568,14 @@ def test_float16_scale_changes_gradients_but_not_what_is_said():
         data, loss = stream()
         batch = data[list(range(16))]
         accelerator = SimpleNamespace(scaler=scaler, num_processes=1, no_sync=lambda model: nullcontext())
-        learner = SimpleNamespace(terms=loss(net(batch["image"]), batch), model=net, accelerator=accelerator, iteration=0, epoch=0)
+        learner = SimpleNamespace(terms=loss(net(batch["image"]), batch), model=net, accelerator=accelerator,
+                                  iteration=0, epoch=0)
         cb = CreditAssignmentCB()
         cb.before_batch(learner), cb.backward(learner), cb.after_epoch(learner)
         found.append((cb.rows[0], [p.grad for p in net.parameters()]))
     (plain, grads), (scaled, big) = found
-    assert all(abs(plain[k] - scaled[k]) < 1e-5 for k in ("value", "projected", "coefficient", "norm_new", "norm_old"))
+    assert all(abs(plain[k] - scaled[k]) < 1e-5
+               for k in ("value", "projected", "coefficient", "norm_new", "norm_old"))
     assert all(torch.allclose(1024 * a, b, rtol=1e-4, atol=1e-4) for a, b in zip(grads, big))
 
 
@@ -536,24 +583,30 @@ def test_infinite_gradients_are_passed_on():
     """So that a float16 scaler sees them and skips the step."""
     new, old = torch.tensor([1., float("inf")]), torch.tensor([-1., 1.])
     for mode in MOVES:
-        assert not project(new, old, mode)[0].isfinite().all() and not project(old, new, mode)[0].isfinite().all()
+        assert (not project(new, old, mode)[0].isfinite().all()
+                and not project(old, new, mode)[0].isfinite().all())
 
 
 def test_bfloat16_training_steps():
     net, learner = fit(CreditAssignmentCB(), precision="bf16")
     exact, _ = fit(CreditAssignmentCB())
-    assert learner.iteration == 3 and all(torch.allclose(a, b, atol=.02) for a, b in zip(net.parameters(), exact.parameters()))
+    assert learner.iteration == 3 and all(torch.allclose(a, b, atol=.02)
+                                          for a, b in zip(net.parameters(), exact.parameters()))
 
 
 def test_rows_tell_step_cosine_share_coefficient_and_norms():
     cb = CreditAssignmentCB("new", layers_every=2, stage="task2", task=2, method="PLwF")
     fit(cb, steps=4)
     steps, layers = ([r for r in cb.rows if r["name"] == n] for n in ("cosine", "layer_cosine"))
-    assert [r["step"] for r in steps] == [0, 1, 2, 3] and {r["stage"] for r in cb.rows} == {"task2"} and {r["task"] for r in cb.rows} == {2}
-    assert set(steps[0]) == {"stage", "epoch", "step", "name", "value", "projected", "coefficient", "norm_new", "norm_old", "task", "method"}
-    assert len(layers) == 2 * 4 and {r["layer"] for r in layers} == {"1.weight", "1.bias", "3.weight", "3.bias"}
+    assert ([r["step"] for r in steps] == [0, 1, 2, 3] and {r["stage"] for r in cb.rows} == {"task2"}
+            and {r["task"] for r in cb.rows} == {2})
+    assert set(steps[0]) == {"stage", "epoch", "step", "name", "value", "projected", "coefficient",
+                             "norm_new", "norm_old", "task", "method"}
+    assert len(layers) == 2 * 4 and {r["layer"] for r in layers} == {"1.weight", "1.bias",
+                                                                     "3.weight", "3.bias"}
     for r in steps:
-        assert r["projected"] == float(r["value"] < 0) and (r["coefficient"] < 0) == (r["value"] < 0) and r["norm_new"] > 0
+        assert (r["projected"] == float(r["value"] < 0) and (r["coefficient"] < 0) == (r["value"] < 0)
+                and r["norm_new"] > 0)
         if r["value"] < 0: assert abs(r["coefficient"] - r["value"] * r["norm_new"] / r["norm_old"]) < 1e-5
     whole = sum(r["value"] * r["norm_new"] * r["norm_old"] for r in layers[:4])
     assert abs(whole / steps[0]["norm_new"] / steps[0]["norm_old"] - steps[0]["value"]) < 1e-5
@@ -564,7 +617,8 @@ def test_rows_go_to_a_record_and_are_there_before_a_checkpoint(tmp_path):
     record = SimpleNamespace(log=lambda **row: logged.append(row), flush=lambda: flushed.append(len(logged)))
     cb = CreditAssignmentCB(record=record, every=2)
     fit(cb, CheckpointCB(tmp_path, every=3), steps=4)
-    assert flushed[0] == 2 and [r["step"] for r in logged] == [0, 2] and cb.rows == []  # steps 0 and 2 lie before the checkpoint at 3
+    # steps 0 and 2 lie before the checkpoint at 3
+    assert flushed[0] == 2 and [r["step"] for r in logged] == [0, 2] and cb.rows == []
 
 
 PARTY = '''
@@ -581,10 +635,13 @@ def run(size):
         torch.manual_seed(3)
         net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1))
         x = torch.randn(48, 5)
-        def loss(o, b): return dict(new=(o - b["y"]).square().mean(), a=(o + b["y"]).square().mean(), b=(o - 1).abs().mean())
+        def loss(o, b):
+            return dict(new=(o - b["y"]).square().mean(), a=(o + b["y"]).square().mean(),
+                        b=(o - 1).abs().mean())
         cb = CreditAssignmentCB(mode)
         learner = Learner(net, loss, batches(DictData(x=x, y=x.sin().sum(1, keepdim=True)), size, seed=1),
-                          torch.optim.SGD(net.parameters(), .1, momentum=.9), [cb], forward=lambda m, b: m(b["x"]), device="cpu").fit(2)
+                          torch.optim.SGD(net.parameters(), .1, momentum=.9), [cb],
+                          forward=lambda m, b: m(b["x"]), device="cpu").fit(2)
         found[mode] = net.state_dict()
         found[mode + "-rows"] = torch.tensor([[r["value"], r["projected"], r["norm_new"]] for r in cb.rows])
     learner.accelerator.wait_for_everyone()
@@ -600,9 +657,12 @@ def test_two_processes_project_the_gradient_of_the_whole_batch(tmp_path):
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this build of torch has no gloo, so two CPU processes cannot talk")
     (tmp_path / "party.py").write_text(PARTY)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--module", "party", "4"]
-    env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
-    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               "--module", "party", "4"]
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]), OMP_NUM_THREADS="1",
+                            ACCELERATE_USE_CPU="true")
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, start_new_session=True)
     try: said = process.communicate(timeout=200)[0]
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
@@ -622,5 +682,6 @@ def test_two_processes_project_the_gradient_of_the_whole_batch(tmp_path):
 def test_settings_name_the_callback():
     settings = CreditAssignment("per_teacher", "layer")
     cb = CreditAssignmentCB.of(settings, seed=5, task=1)
-    assert cb.settings == settings and settings.separate and not CreditAssignment().separate and cb.about == dict(task=1)
+    assert (cb.settings == settings and settings.separate and not CreditAssignment().separate
+            and cb.about == dict(task=1))
     assert CreditAssignmentCB().settings == CreditAssignment() == CreditAssignment("new", "global")

@@ -1,4 +1,7 @@
-"""Continual methods on the one loop: closed forms in numpy, per-sample loops, GPM's original SVD, and methods that must agree to the last bit."""
+"""Continual methods on the one loop: closed forms in numpy, per-sample loops and GPM's original SVD.
+
+Methods that are equal in theory must agree to the last bit.
+"""
 import ast
 import copy
 import math
@@ -29,9 +32,11 @@ from visionbench.systems.plwf.stream import Training, learn, train_task
 from visionbench.train.learner import Learner
 
 SHORT = Training("mlp", dict(hidden=(16,)), epochs=1, lr=.05)
-EVERY = {"fine-tune": FineTune, "lwf": lambda: LwF(1.), "plwf": lambda: PLwF(1.), "credit": lambda: PLwF(1., credit=CreditAssignment()),
-         "per_teacher": lambda: PLwF(1., credit=CreditAssignment("per_teacher")), "ewc": lambda: EWC(10., samples=20), "si": lambda: SI(1.),
-         "mas": lambda: MAS(1., samples=20), "gpm": lambda: GPM(samples=20), "agem": lambda: AGEM(5), "joint": Joint}
+EVERY = {"fine-tune": FineTune, "lwf": lambda: LwF(1.), "plwf": lambda: PLwF(1.),
+         "credit": lambda: PLwF(1., credit=CreditAssignment()),
+         "per_teacher": lambda: PLwF(1., credit=CreditAssignment("per_teacher")),
+         "ewc": lambda: EWC(10., samples=20), "si": lambda: SI(1.), "mas": lambda: MAS(1., samples=20),
+         "gpm": lambda: GPM(samples=20), "agem": lambda: AGEM(5), "joint": Joint}
 
 
 def seeded(n):
@@ -76,7 +81,8 @@ def test_new_loss_is_the_closed_form(first):
 
 @pytest.mark.parametrize("bounds", [(2, 4, 8), (1, 5, 8), (8,)])
 def test_mixed_loss_takes_the_block_of_each_image(bounds):
-    z, y = torch.randn(16, 8, generator=seeded(2), dtype=torch.float64, requires_grad=True), torch.arange(16) % 8
+    z, y = (torch.randn(16, 8, generator=seeded(2), dtype=torch.float64, requires_grad=True),
+            torch.arange(16) % 8)
     terms = []
     for row, label in zip(z.detach().numpy(), y.tolist()):
         first = max([b for b in (0, *bounds) if b <= label])
@@ -90,10 +96,12 @@ def test_mixed_loss_takes_the_block_of_each_image(bounds):
 
 # ---- growing
 
-@pytest.mark.parametrize("make,shape", [(growing_mlp, (1, 8, 8)), (growing_cnn, (1, 14, 14)), (growing_resnet, (3, 32, 32))])
+@pytest.mark.parametrize("make,shape", [(growing_mlp, (1, 8, 8)), (growing_cnn, (1, 14, 14)),
+                                        (growing_resnet, (3, 32, 32))])
 @pytest.mark.parametrize("steps", [(2, 2, 2, 2, 2), (5, 1, 4), (1,) * 10])
 def test_growing_keeps_old_logits_to_the_last_bit(make, shape, steps):
-    net, x, before = make(shape, 10, generator=seeded(0)).eval(), torch.rand(7, *shape, generator=seeded(1)), None
+    net, x, before = (make(shape, 10, generator=seeded(0)).eval(),
+                      torch.rand(7, *shape, generator=seeded(1)), None)
     for i, more in enumerate(steps):
         z = net.grow(more, seeded(i))(x).detach()
         assert z.shape == (7, sum(steps[:i + 1]))
@@ -121,7 +129,8 @@ def test_first_rows_are_drawn_as_a_linear_layer_draws_them():
 @pytest.mark.parametrize("ce", ["seen", "local"])
 @pytest.mark.parametrize("credit", [None, CreditAssignment()])
 def test_lwf_is_plwf_with_the_last_teacher_to_the_last_bit(toy, ce, credit):
-    a, b = (learn(m, toy, SHORT, 3) for m in (LwF(1.5, ce=ce, credit=credit), PLwF(1.5, ce=ce, teachers="last", credit=credit)))
+    a, b = (learn(m, toy, SHORT, 3) for m in (LwF(1.5, ce=ce, credit=credit),
+                                              PLwF(1.5, ce=ce, teachers="last", credit=credit)))
     assert same(weights(a), weights(b)) and torch.equal(a.task.nan_to_num(), b.task.nan_to_num())
     assert not same(weights(a), weights(learn(PLwF(1.5, ce=ce, credit=credit), toy, SHORT, 3)))
 
@@ -154,7 +163,8 @@ def test_cached_and_online_targets_train_alike(toy):
 
 @pytest.mark.parametrize("name", [n for n in EVERY if n != "joint"])
 def test_all_methods_learn_the_first_task_alike(toy, name, tmp_path):
-    first = [learn(m, toy, SHORT, 5, tmp_path / k).snapshots[0].state_dict() for k, m in (("a", EVERY[name]()), ("b", FineTune()))]
+    first = [learn(m, toy, SHORT, 5, tmp_path / k).snapshots[0].state_dict()
+             for k, m in (("a", EVERY[name]()), ("b", FineTune()))]
     assert same(*first)
 
 
@@ -169,8 +179,9 @@ def test_settings_do_not_learn(toy, name):
     method = EVERY[name]()
     before = copy.deepcopy(vars(method))
     learn(method, toy, SHORT)
-    assert vars(method).keys() == before.keys() and {k: v for k, v in vars(method).items() if k != "credit"} == {
-        k: v for k, v in before.items() if k != "credit"}
+    assert (vars(method).keys() == before.keys()
+            and {k: v for k, v in vars(method).items() if k != "credit"}
+            == {k: v for k, v in before.items() if k != "credit"})
 
 
 def test_snapshots_are_what_was_trained_and_stay_so(toy, tmp_path):
@@ -219,7 +230,8 @@ def test_exact_fisher_is_the_sum_over_images_and_classes(first):
     for image in x:
         log_p = net(image[None])[0, first:].log_softmax(-1)
         for c in range(len(log_p)):
-            for s, g in zip(total, torch.autograd.grad(log_p[c], params, retain_graph=True)): s += log_p[c].exp().detach() * g**2 / len(x)
+            for s, g in zip(total, torch.autograd.grad(log_p[c], params, retain_graph=True)):
+                s += log_p[c].exp().detach() * g**2 / len(x)
     for v, s in zip(found.values(), total): assert torch.allclose(v, s, rtol=1e-4, atol=1e-9)
     assert found["head.weight"][4:].eq(0).all()  # rows that are not open are free
 
@@ -229,7 +241,8 @@ def test_empirical_fisher_takes_the_label():
     found, params = fisher_diagonal(net, DictData(image=x, label=y), kind="empirical"), list(net.parameters())
     total = [torch.zeros_like(p) for p in params]
     for image, label in zip(x, y):
-        for s, g in zip(total, torch.autograd.grad(-F.cross_entropy(net(image[None]), label[None]), params)): s += g**2 / len(x)
+        for s, g in zip(total, torch.autograd.grad(-F.cross_entropy(net(image[None]), label[None]), params)):
+            s += g**2 / len(x)
     for v, s in zip(found.values(), total): assert torch.allclose(v, s, rtol=1e-4, atol=1e-9)
 
 
@@ -237,7 +250,8 @@ def test_sampled_fisher_is_unbiased():
     net, x, y = small_net()
     data = DictData(image=x, label=y)
     exact = fisher_diagonal(net, data)["head.weight"]
-    draws = torch.stack([fisher_diagonal(net, data, kind="sampled", g=seeded(i))["head.weight"] for i in range(150)])
+    draws = torch.stack([fisher_diagonal(net, data, kind="sampled", g=seeded(i))["head.weight"]
+                         for i in range(150)])
     error = (draws.mean(0) - exact) / (draws.std(0) / 150**.5 + 1e-12)
     assert error[:4].abs().mean() < 1.2  # in standard errors; 0.8 expected of a normal one
 
@@ -248,11 +262,13 @@ def test_mas_is_the_mean_absolute_gradient():
     mas.begin(stage_of(net, x, y))
     total = [torch.zeros_like(p) for p in params]
     for image in x:
-        for s, g in zip(total, torch.autograd.grad(net(image[None]).square().sum(), params)): s += g.abs() / len(x)
+        for s, g in zip(total, torch.autograd.grad(net(image[None]).square().sum(), params)):
+            s += g.abs() / len(x)
     for v, s in zip(mas.measure().values(), total): assert torch.allclose(v, s, rtol=1e-4, atol=1e-9)
 
 
-@pytest.mark.parametrize("method,scale,term", [(EWC(4.), 2., "ewc"), (MAS(3.), 3., "mas"), (SI(5.), 5., "si")])
+@pytest.mark.parametrize("method,scale,term",
+                         [(EWC(4.), 2., "ewc"), (MAS(3.), 3., "mas"), (SI(5.), 5., "si")])
 def test_penalties_by_hand(method, scale, term):
     net, x, y = small_net(2)
     method = method.fresh()
@@ -265,7 +281,8 @@ def test_penalties_by_hand(method, scale, term):
     net.grow(2), method.begin(stage_of(net, x, y + 2, 1))
     with torch.no_grad():
         for i, p in enumerate(net.parameters()): p += torch.randn(p.shape, generator=seeded(i)) * .1
-    by_hand = scale * sum((importance[k].double() * (p.detach() - anchor[k]).double()**2).sum() for k, p in net.named_parameters())
+    by_hand = scale * sum((importance[k].double() * (p.detach() - anchor[k]).double()**2).sum()
+                          for k, p in net.named_parameters())
     assert method.loss(net(x), dict(label=y + 2))[term].item() == pytest.approx(by_hand.item(), rel=1e-4)
     method.end()
     assert all((method.importance[k] >= importance[k]).all() for k in importance)  # summed over tasks
@@ -273,25 +290,30 @@ def test_penalties_by_hand(method, scale, term):
 
 
 def test_si_follows_the_gradient_of_the_new_task_alone():
-    """Each step once more by hand: the gradient of the new loss, computed apart, times the step that was made."""
+    """Each step once more by hand: the gradient of the new loss, computed apart, times the step that was
+    made."""
     net, x, y = small_net(4)
     si = SI(50.).fresh()
     names = [k for k, _ in net.named_parameters()]
     si.anchor = {k: p.detach() + .05 for k, p in net.named_parameters()}
-    si.importance = {k: torch.rand(p.shape, generator=seeded(i)) for i, (k, p) in enumerate(net.named_parameters())}
+    si.importance = {k: torch.rand(p.shape, generator=seeded(i))
+                     for i, (k, p) in enumerate(net.named_parameters())}
     path = {k: torch.zeros_like(p) for k, p in net.named_parameters()}
 
     class ByHand:
         def before_batch(self, learner):
             new = F.cross_entropy(net(learner.batch["image"]), learner.batch["label"])
-            self.g, self.at = torch.autograd.grad(new, list(net.parameters())), [p.detach().clone() for p in net.parameters()]
+            self.g, self.at = (torch.autograd.grad(new, list(net.parameters())),
+                               [p.detach().clone() for p in net.parameters()])
 
         def after_step(self, learner):
             for k, g, at, p in zip(names, self.g, self.at, net.parameters()): path[k] -= g * (p.detach() - at)
 
     data = si.begin(stage_of(net, x, y, 1))
-    Learner(net, si.loss, batches(data, 4), torch.optim.SGD(net.parameters(), .01, momentum=.9), [ByHand(), *si.callbacks()], device="cpu").fit(3)
-    assert all(torch.allclose(path[k], si.path[k], atol=1e-6) for k in names) and path["head.weight"].abs().max() > 1e-4
+    Learner(net, si.loss, batches(data, 4), torch.optim.SGD(net.parameters(), .01, momentum=.9),
+            [ByHand(), *si.callbacks()], device="cpu").fit(3)
+    assert (all(torch.allclose(path[k], si.path[k], atol=1e-6) for k in names)
+            and path["head.weight"].abs().max() > 1e-4)
 
 
 # ---- GPM and A-GEM
@@ -310,7 +332,8 @@ def original_gpm(R, M, threshold):
 @pytest.mark.parametrize("seed", range(4))
 def test_bases_span_what_the_original_svd_spans(threshold, seed):
     rng = np.random.default_rng(seed)
-    mix, M, N = rng.normal(size=(12, 12)) * np.geomspace(3, .01, 12), np.zeros((12, 0)), torch.zeros(12, 0, dtype=torch.float64)
+    mix, M, N = (rng.normal(size=(12, 12)) * np.geomspace(3, .01, 12), np.zeros((12, 0)),
+                 torch.zeros(12, 0, dtype=torch.float64))
     for _ in range(3):
         R = mix @ rng.normal(size=(12, 40)) * np.geomspace(1, .1, 12)[:, None]
         M, N = original_gpm(R, M, threshold), extend_basis(torch.from_numpy(R @ R.T), N, threshold)
@@ -319,8 +342,9 @@ def test_bases_span_what_the_original_svd_spans(threshold, seed):
 
 
 @pytest.mark.parametrize("layer,shape", [
-    (nn.Linear(6, 3), (4, 6)), (nn.Linear(6, 3, bias=False), (4, 6)), (nn.Conv2d(2, 5, 3, 2, 1), (2, 2, 9, 7)),
-    (nn.Conv2d(2, 5, (3, 1), 1, (0, 2), bias=False), (2, 2, 6, 6)), (nn.Conv2d(2, 5, 3, dilation=2), (2, 2, 8, 8)), (GrowingHead(6, 3).grow(3), (4, 6))])
+    (nn.Linear(6, 3), (4, 6)), (nn.Linear(6, 3, bias=False), (4, 6)),
+    (nn.Conv2d(2, 5, 3, 2, 1), (2, 2, 9, 7)), (nn.Conv2d(2, 5, (3, 1), 1, (0, 2), bias=False), (2, 2, 6, 6)),
+    (nn.Conv2d(2, 5, 3, dilation=2), (2, 2, 8, 8)), (GrowingHead(6, 3).grow(3), (4, 6))])
 def test_input_rows_times_weight_rows_is_the_layer(layer, shape):
     x = torch.randn(shape, generator=seeded(0))
     out = layer(x).detach()
@@ -329,7 +353,8 @@ def test_input_rows_times_weight_rows_is_the_layer(layer, shape):
     assert torch.allclose(rows, by_hand, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [lambda: growing_mlp((1, 8, 8), 4, (12, 12), generator=seeded(0)), lambda: growing_cnn((1, 8, 8), 4, 3, 10, generator=seeded(0))])
+@pytest.mark.parametrize("make", [lambda: growing_mlp((1, 8, 8), 4, (12, 12), generator=seeded(0)),
+                                  lambda: growing_cnn((1, 8, 8), 4, 3, 10, generator=seeded(0))])
 def test_gpm_moves_only_outside_what_old_inputs_span(make):
     net, (x, y) = make().grow(2), small_net(2)[1:]
     gpm = GPM(threshold=1., ce="local").fresh()
@@ -360,7 +385,8 @@ def test_agem_projects_on_stored_images_by_hand():
         g = torch.cat([p.grad.flatten() for p in params]).double()
         at = torch.randperm(8, generator=generator(0, "memory", 1, At.iteration))[:3]
         kept = agem.memory[at]
-        ref = torch.cat([r.flatten() for r in torch.autograd.grad(F.cross_entropy(net(kept["image"]), kept["label"]), params)]).double()
+        ref = torch.cat([r.flatten() for r in torch.autograd.grad(
+            F.cross_entropy(net(kept["image"]), kept["label"]), params)]).double()
         expected = g - min(0, (g @ ref).item()) / (ref @ ref) * ref
         agem.after_backward(At)
         assert torch.allclose(torch.cat([p.grad.flatten() for p in params]).double(), expected, atol=1e-6)
@@ -384,23 +410,28 @@ def test_images_held_back_are_a_share_of_each_class():
     data = DictData(image=torch.arange(60.).view(60, 1, 1, 1), label=torch.arange(60) % 3)
     train, judges = hold_back(data, .25, 1)
     assert judges.tensors["label"].bincount().tolist() == [5] * 3 and len(train) == 45
-    assert sorted(torch.cat([train.tensors["image"], judges.tensors["image"]]).flatten().tolist()) == list(range(60))
+    assert sorted(torch.cat([train.tensors["image"], judges.tensors["image"]]).flatten().tolist()) \
+        == list(range(60))
 
 
 @pytest.mark.parametrize("needed,accepted", [(100., 0), (3., 2), (0., 3)])
 def test_lambda_shrinks_until_the_task_is_learned(monkeypatch, needed, accepted):
-    """Accuracy scripted: 0.5 as soon as λ ≤ needed, else 0.1; fine-tuning has 0.6, of which 0.48 must be kept."""
+    """Accuracy scripted: 0.5 as soon as λ ≤ needed, else 0.1; fine-tuning has 0.6, of which 0.48 must be
+    kept."""
     search = LambdaSearch(start=8., most=4)
-    monkeypatch.setattr(search, "score", lambda m, stage, training: .6 if not hasattr(m, "lam") else .5 if m.lam <= needed else .1)
+    monkeypatch.setattr(search, "score", lambda m, stage, training: (
+        .6 if not hasattr(m, "lam") else .5 if m.lam <= needed else .1))
     method = PLwF()
     search(method, Stage(1, (2, 4), None, None, None), Training())
-    assert [r["lam"] for r in search.trials] == [8., 4., 2., 1.][:accepted + 1] and method.lam == search.trials[-1]["lam"]
+    assert ([r["lam"] for r in search.trials] == [8., 4., 2., 1.][:accepted + 1]
+            and method.lam == search.trials[-1]["lam"])
     assert [r["accepted"] for r in search.trials] == [False] * accepted + [needed > 0]
 
 
 def test_a_trial_leaves_nothing_behind(toy):
     net = SHORT.net(toy, 0).grow(2)
-    stage = Stage(0, toy.bounds, net, DictData(image=toy.tasks[0].train.image, label=toy.tasks[0].train.label), Snapshots(lambda c: net))
+    stage = Stage(0, toy.bounds, net, DictData(image=toy.tasks[0].train.image,
+                                               label=toy.tasks[0].train.label), Snapshots(lambda c: net))
     before, method = copy.deepcopy(net.state_dict()), EWC()
     LambdaSearch().score(method, stage, SHORT)
     assert same(net.state_dict(), before) and not method.anchor and not hasattr(method, "stage")
@@ -409,11 +440,13 @@ def test_a_trial_leaves_nothing_behind(toy):
 # ---- results
 
 def test_summary_and_table_by_hand(toy):
-    found = compare({"LwF": LwF(1.), "PLwF": PLwF(1.)}, toy, model="mlp", model_options=dict(hidden=(16,)), epochs=1, lr=.05, seeds=[4, 5])
+    found = compare({"LwF": LwF(1.), "PLwF": PLwF(1.)}, toy, model="mlp", model_options=dict(hidden=(16,)),
+                    epochs=1, lr=.05, seeds=[4, 5])
     A, B = (found.results[k].accuracy("task").numpy() for k in ("PLwF", "LwF"))
     ends = A[:, -1].mean(-1) - B[:, -1].mean(-1)
     row = found.table().set_index("method").loc["PLwF"]
-    assert row.difference == pytest.approx(ends.mean()) and row.difference_sd == pytest.approx(ends.std(ddof=1))
+    assert (row.difference == pytest.approx(ends.mean())
+            and row.difference_sd == pytest.approx(ends.std(ddof=1)))
     assert row.wins == f"{(ends > 0).sum()}/2" and row["mean"] == pytest.approx(A[:, -1].mean())
     s = found.results["PLwF"].summary().set_index(["kind", "metric"])["mean"]
     assert s["task", "learning"] == pytest.approx(np.mean([np.diag(a).mean() for a in A]))
@@ -428,22 +461,27 @@ def test_pairs_by_hand():
 
 
 def test_replicas_differ_in_order_weights_and_batches(toy):
-    one, fixed = (run_stream(FineTune(), toy, model="mlp", model_options=dict(hidden=(16,)), epochs=1, seeds=[0, 1], reorder=r) for r in (True, False))
-    a, b = (toy.reordered(__import__("visionbench.systems.plwf.results", fromlist=["order_of"]).order_of(s)).order for s in (0, 1))
+    one, fixed = (run_stream(FineTune(), toy, model="mlp", model_options=dict(hidden=(16,)), epochs=1,
+                             seeds=[0, 1], reorder=r) for r in (True, False))
+    a, b = (toy.reordered(__import__("visionbench.systems.plwf.results",
+                                     fromlist=["order_of"]).order_of(s)).order for s in (0, 1))
     assert a != b and not torch.equal(one.accuracy().nan_to_num(), fixed.accuracy().nan_to_num())
 
 
 def test_credit_assignment_reports_every_step_but_those_of_the_first_task(toy):
-    found = run_stream(PLwF(1., credit=CreditAssignment()), toy, model="mlp", model_options=dict(hidden=(16,)), epochs=2, seeds=[0])
+    found = run_stream(PLwF(1., credit=CreditAssignment()), toy, model="mlp",
+                       model_options=dict(hidden=(16,)), epochs=2, seeds=[0])
     rows = found.conflicts
-    assert rows.groupby("task").size().to_dict() == {1: 2, 2: 2} and {"projected", "coefficient", "norm_new", "norm_old"} <= {*rows}
+    assert (rows.groupby("task").size().to_dict() == {1: 2, 2: 2}
+            and {"projected", "coefficient", "norm_new", "norm_old"} <= {*rows})
     first = rows[(rows.task == 1) & (rows.step == 0)].iloc[0]
     assert first.norm_old < 1e-5 * first.norm_new and first.projected == 0  # the student is its teacher
 
 
 def test_costs_count_teacher_forwards_and_bytes(toy):
     cost = run_stream(PLwF(1.), toy, model="mlp", model_options=dict(hidden=(16,)), epochs=3, seeds=[0]).cost
-    assert cost.teachers.tolist() == [0, 1, 2] and cost.forwards.tolist() == [0, 32, 64]  # once a task, whatever the epochs
+    # once a task, whatever the epochs
+    assert cost.teachers.tolist() == [0, 1, 2] and cost.forwards.tolist() == [0, 32, 64]
     assert cost.steps.tolist() == [3, 3, 3] and cost.cache_bytes.tolist() == [0, 4 * 32 * 3, 4 * 32 * 5]
     assert cost.snapshot_bytes.is_monotonic_increasing
 
@@ -456,7 +494,9 @@ def test_accuracies_of_missing_members():
 
 
 def test_no_method_owns_a_loop_over_batches():
-    """Design §2.3: whatever visits batches of a training set is the Learner; no `.backward()`, no `optimizer.step()` in this system."""
+    """Design §2.3: whatever visits batches of a training set is the Learner.
+
+    No `.backward()`, no `optimizer.step()` in this system."""
     folder = Path(visionbench.systems.plwf.__path__[0])
     calls = [(p.name, n.func.attr) for p in folder.glob("*.py") for n in ast.walk(ast.parse(p.read_text()))
              if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]

@@ -1,4 +1,4 @@
-"""RDMs, their comparison and resampling against rsatoolbox 0.3.2, SciPy, sums by hand, and real recordings."""
+"""RDMs, their comparison and resampling against rsatoolbox 0.3.2, SciPy, hand sums and real recordings."""
 import numpy as np
 import pytest
 import torch
@@ -11,7 +11,8 @@ from scipy.spatial.distance import pdist, squareform
 from scipy.stats import rankdata
 
 from visionbench.similarity.comparison import METHODS, compare_rdms, ranks
-from visionbench.similarity.pairs import condensed, from_rsatoolbox, gram_distances, inner, square, to_rsatoolbox
+from visionbench.similarity.pairs import (condensed, from_rsatoolbox, gram_distances, inner, square,
+                                           to_rsatoolbox)
 from visionbench.similarity.precision import checked_precision, shrinkage_precision
 from visionbench.similarity.rdm import METRICS, rdm
 from visionbench.similarity.resampling import bootstrap_compare, permutation_test, rdm_noise_ceiling
@@ -94,7 +95,8 @@ def test_layers_are_independent_and_kinds_are_kept(metric):
 
 def test_other_layouts_of_numpy_arrays():
     x = drawn(12, 8)
-    for same in (x.astype(">f8"), np.asfortranarray(x), x[::-1][::-1], np.broadcast_to(x, (1, 12, 8))[0], x.tolist()):
+    for same in (x.astype(">f8"), np.asfortranarray(x), x[::-1][::-1],
+                 np.broadcast_to(x, (1, 12, 8))[0], x.tolist()):
         np.testing.assert_allclose(rdm(same), rdm(x), **CLOSE)
     frozen = x.copy()
     frozen.flags.writeable = False
@@ -132,14 +134,16 @@ def test_inner_and_its_distances():
 def test_square_and_condensed_are_scipy():
     v = drawn(3, 21)
     assert all(np.array_equal(square(v)[k], squareform(v[k])) for k in range(3))
-    assert np.array_equal(condensed(square(v)), v) and torch.equal(condensed(square(torch.tensor(v))), torch.tensor(v))
+    assert (np.array_equal(condensed(square(v)), v)
+            and torch.equal(condensed(square(torch.tensor(v))), torch.tensor(v)))
 
 
 def test_rsatoolbox_and_back():
     v = drawn(3, 10)
     there = to_rsatoolbox(torch.tensor(v), "crossnobis", list("abcde"))
     assert isinstance(there, RDMs) and there.n_cond == 5 and there.dissimilarity_measure == "crossnobis"
-    assert np.array_equal(from_rsatoolbox(there), v) and there.pattern_descriptors["stimulus"] == list("abcde")
+    assert (np.array_equal(from_rsatoolbox(there), v)
+            and there.pattern_descriptors["stimulus"] == list("abcde"))
     from_rsatoolbox(there)[:] = 0
     assert np.array_equal(there.dissimilarities, v) and to_rsatoolbox(v[0]).n_rdm == 1
 
@@ -152,9 +156,11 @@ def test_shrinkage_is_rsatoolbox(target, method, R, n, p):
     t = drawn(R, n, p) @ np.linalg.cholesky(precision(p)).T + 3 * drawn(n, p, seed=5)
     got = shrinkage_precision(t, target)
     residuals = (t - t.mean(0)).reshape(-1, p)
-    np.testing.assert_allclose(got, prec_from_residuals(residuals, (R - 1) * n, method), rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(got, prec_from_residuals(residuals, (R - 1) * n, method), rtol=1e-9,
+                               atol=1e-10)
     data = Dataset(t.reshape(-1, p).copy(), obs_descriptors={"stimulus": np.tile(np.arange(n), R)})
-    np.testing.assert_allclose(got, prec_from_unbalanced(data, "stimulus", method=method), rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(got, prec_from_unbalanced(data, "stimulus", method=method), rtol=1e-9,
+                               atol=1e-10)
     checked_precision(got, torch.zeros(2, p))
 
 
@@ -168,7 +174,8 @@ def test_identity_target_is_ledoit_and_wolf():
 
 def test_crossnobis_estimates_its_precision_when_asked():
     t = drawn(4, 10, 15)
-    np.testing.assert_allclose(rdm(t, "crossnobis", "shrinkage"), rdm(t, "crossnobis", shrinkage_precision(t)), **CLOSE)
+    np.testing.assert_allclose(rdm(t, "crossnobis", "shrinkage"),
+                               rdm(t, "crossnobis", shrinkage_precision(t)), **CLOSE)
 
 
 # ---- comparison
@@ -256,7 +263,8 @@ def test_whitened_cosine_is_biased_linear_cka():
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_bootstrap_is_rsatoolbox_on_the_same_resamples(method, ties):
-    """Pair by pair: 0.3.2 puts similarities into wrong cells where one of several RDMs is constant in a resample."""
+    """Pair by pair: 0.3.2 puts similarities into wrong cells where one of several RDMs is constant in a
+    resample."""
     n, a, b = 9, vectors(2, 9, 1, ties), vectors(3, 9, 2, ties)
     index = np.random.default_rng(0).integers(0, n, (8 if method.startswith(("tau", "ken")) else 40, n))
     got = bootstrap_compare(a, b, method, resamples=index)
@@ -279,7 +287,8 @@ def test_bootstrap_by_hand(method):
     if method != "cosine":
         x, y = x - x.mean(), y - y.mean()
     scale = (11**3 - 11) / 12 if method == "rho-a" else np.linalg.norm(x) * np.linalg.norm(y)
-    np.testing.assert_allclose(bootstrap_compare(a, b, method, resamples=index[None]).item(), x @ y / scale, **CLOSE)
+    np.testing.assert_allclose(bootstrap_compare(a, b, method, resamples=index[None]).item(),
+                               x @ y / scale, **CLOSE)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -322,12 +331,14 @@ def test_permutation_test_counts(method):
 
 def test_p_values_are_uniform_without_a_relation():
     """Share of p <= .1 over 150 unrelated pairs; 0.1 ± 3 standard errors."""
-    p = [permutation_test(rdm(drawn(12, 5, seed=2 * k)), rdm(drawn(12, 5, seed=2 * k + 1)), n=99).p.item() for k in range(150)]
+    p = [permutation_test(rdm(drawn(12, 5, seed=2 * k)), rdm(drawn(12, 5, seed=2 * k + 1)), n=99).p.item()
+         for k in range(150)]
     assert min(p) >= .01 and abs(np.mean(np.array(p) <= .1) - .1) < 3 * (.09 / 150)**.5
 
 
 def test_noise_ceiling_by_hand():
-    t = drawn(2, 8, 30) + 2 * drawn(8, 30, seed=3)                     # two repeats: one split, each half one trial
+    # two repeats: one split, each half one trial
+    t = drawn(2, 8, 30) + 2 * drawn(8, 30, seed=3)
     got = rdm_noise_ceiling(t, "euclidean", "spearman", splits=5)
     a, b, both = rdm(t[0]), rdm(t[1]), rdm(t.mean(0))
     r = compare_rdms(a, b, "spearman").item()
@@ -363,8 +374,10 @@ def in_units_of_noise(y):
     return y / (np.sqrt(y.var(0, ddof=1).mean(0)) + 1e-9)
 
 
-# reference values of the specification, measured before this code was written; crossnobis is checked against rsatoolbox too
-@pytest.mark.parametrize("region,shape,value", [(1, (10, 50, 103), .309), (2, (8, 50, 55), .269), (3, (12, 50, 102), .429)])
+# reference values of the specification, measured before this code was written; crossnobis is checked against
+# rsatoolbox too
+@pytest.mark.parametrize("region,shape,value", [(1, (10, 50, 103), .309), (2, (8, 50, 55), .269),
+                                                (3, (12, 50, 102), .429)])
 def test_pixels_and_crossnobis_of_real_neurons(recorded, region, shape, value):
     images, y = recorded[region]
     assert y.shape == shape and images.shape == (50, 31, 31)
@@ -377,7 +390,8 @@ def test_pixels_and_crossnobis_of_real_neurons(recorded, region, shape, value):
 
 @pytest.mark.parametrize("region,value,corrected", [(1, .817, .90), (2, .660, .80), (3, .758, .86)])
 def test_reliability_of_real_rdms(recorded, region, value, corrected):
-    """100 random halves, so near the reference, not equal: over five seeds the mean of 100 had a spread (sd) of .004 to .005."""
+    """100 random halves, so near the reference, not equal: over five seeds the mean of 100 had a spread (sd)
+    of .004 to .005."""
     got = rdm_noise_ceiling(in_units_of_noise(recorded[region][1]), "crossnobis", "spearman")
     assert abs(got.lower - value) < .012 and abs(got.reliability - corrected) < .012 and got.upper > got.lower
 

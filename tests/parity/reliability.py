@@ -1,4 +1,7 @@
-"""Noise, ceilings and scores of neurons against neuralpredictors 0.3.0 and Klindt's formulas, written out, and known reliability."""
+"""Noise, ceilings and scores of neurons against neuralpredictors 0.3.0 and Klindt's formulas.
+
+Both are written out here; some data have a known reliability.
+"""
 import warnings
 
 import numpy as np
@@ -6,9 +9,11 @@ import pytest
 import torch
 from scipy.stats import pearsonr
 
-from visionbench.similarity.reliability import (correlation_ceiling, eve, feve, noise_normalized_r, oracle_correlation, recording_summary,
-                                                response_correlation, spearman_brown, split_half)
-from visionbench.similarity.trials import explainable_variance, fano, noise_variance, normalized_noise_power, pearson, variance
+from visionbench.similarity.reliability import (correlation_ceiling, eve, feve, noise_normalized_r,
+                                                 oracle_correlation, recording_summary,
+                                                 response_correlation, spearman_brown, split_half)
+from visionbench.similarity.trials import (explainable_variance, fano, noise_variance,
+                                            normalized_noise_power, pearson, variance)
 
 
 def recording(R=6, I=40, N=5, seed=0):
@@ -23,7 +28,7 @@ def by_image(trials):
     return [trials[:, i] for i in range(trials.shape[1])]
 
 
-# --- neuralpredictors 0.3.0, measures/np_functions: the formulas, one neuron and image at a time -------------------------------
+# --- neuralpredictors 0.3.0, measures/np_functions: the formulas, one neuron and image at a time ------------
 
 def jackknife(trials):
     out = []
@@ -52,33 +57,39 @@ def explainable(trials):
 
 def fraction_explained(trials, prediction):
     noise = np.mean([responses.var(0, ddof=1) for responses in by_image(trials)], 0)
-    error = np.mean(np.concatenate([(responses - p)**2 for responses, p in zip(by_image(trials), prediction)]), 0)
+    error = np.mean(np.concatenate([(responses - p)**2
+                                    for responses, p in zip(by_image(trials), prediction)]), 0)
     total = np.concatenate(by_image(trials)).var(0, ddof=1)
     return 1 - (error - noise)/(total - noise)
 
 
 def test_neuralpredictors_formulas():
     prediction, trials = recording()
-    np.testing.assert_allclose(oracle_correlation(trials), jackknife(trials), rtol=1e-6)  # theirs adds 1e-8 to the deviations
+    # theirs adds 1e-8 to the deviations
+    np.testing.assert_allclose(oracle_correlation(trials), jackknife(trials), rtol=1e-6)
     np.testing.assert_allclose(oracle_correlation(trials, "conservative"), conservative(trials), rtol=1e-12)
-    np.testing.assert_allclose(explainable_variance(trials), explainable(trials), rtol=1e-7)  # theirs adds 1e-9
+    # theirs adds 1e-9
+    np.testing.assert_allclose(explainable_variance(trials), explainable(trials), rtol=1e-7)
     np.testing.assert_allclose(feve(prediction, trials), fraction_explained(trials, prediction), rtol=1e-11)
     each = np.broadcast_to(prediction, trials.shape)
     np.testing.assert_allclose(feve(each, trials), feve(prediction, trials), rtol=1e-12)
 
 
 def test_the_values_neuralpredictors_returned():
-    """Returned by the published wheel 0.3.0 for these trials: oracle_corr_jackknife, oracle_corr_conservative, explainable_var, fev."""
+    """Returned by the published wheel 0.3.0 for these trials: oracle_corr_jackknife,
+    oracle_corr_conservative, explainable_var, fev."""
     trials = np.array([[[1., 2], [0, 1], [4, 0]], [[2., 1], [1, 1], [3, 2]], [[0., 2], [1, 0], [5, 3]]])
     prediction = np.array([[1., 2], [1, .5], [3, 2]])
-    np.testing.assert_allclose(oracle_correlation(trials), [0.7753298321410065, -0.1889822314696967], atol=1e-6)
-    np.testing.assert_allclose(oracle_correlation(trials, "conservative"), [0.9013878188659973, 0.5], atol=1e-12)
+    np.testing.assert_allclose(oracle_correlation(trials), [0.7753298321410065, -0.1889822314696967],
+                               atol=1e-6)
+    np.testing.assert_allclose(oracle_correlation(trials, "conservative"), [0.9013878188659973, 0.5],
+                               atol=1e-12)
     np.testing.assert_allclose(explainable_variance(trials), [0.7499999997589286, 0], atol=1e-8)
     assert feve(prediction, trials)[0] == pytest.approx(0.9523809523809524, abs=1e-12)
     assert np.isnan(feve(prediction, trials)[1])  # theirs is inf: nothing explainable to divide by
 
 
-# --- code of Klindt et al. 2017, v1data/standalone.py: evaluate ------------------------------------------------------------------
+# --- code of Klindt et al. 2017, v1data/standalone.py: evaluate ---------------------------------------------
 
 def test_klindt_formulas():
     prediction, trials = recording(seed=1)
@@ -89,28 +100,33 @@ def test_klindt_formulas():
     noise_of_mean = (trials.var(0, ddof=1)/R).mean(0)
     np.testing.assert_allclose(eve(prediction, trials), (total - error)/(total - noise_of_mean), rtol=1e-11)
     np.testing.assert_allclose(noise_variance(trials), trials.var(0, ddof=1).mean(0), rtol=1e-12)
-    np.testing.assert_allclose(normalized_noise_power(trials), trials.var(0, ddof=1).mean(0)/trials.reshape(-1, N).var(0, ddof=1), rtol=1e-12)
+    np.testing.assert_allclose(normalized_noise_power(trials), trials.var(0, ddof=1).mean(0)
+                               / trials.reshape(-1, N).var(0, ddof=1), rtol=1e-12)
     r = [pearsonr(prediction[:, n], mean[:, n])[0] for n in range(N)]
     np.testing.assert_allclose(response_correlation(prediction, trials).average, r, rtol=1e-11)
 
 
 def test_a_hand_made_array():
-    """Two repeats, three images: means 2, 4, 9; variances over repeats 2, 0, 2; all six: mean 5, squares 16+4+1+1+9+25 = 56."""
+    """Two repeats, three images: means 2, 4, 9; variances over repeats 2, 0, 2; all six: mean 5, squares
+    16+4+1+1+9+25 = 56."""
     trials = np.array([1., 4, 8, 3, 4, 10]).reshape(2, 3, 1)
     assert noise_variance(trials)[0] == pytest.approx(4/3)
     assert normalized_noise_power(trials)[0] == pytest.approx((4/3)/(56/5))
     assert fano(trials)[0] == pytest.approx((4/3)/5) and fano(trials, "total")[0] == pytest.approx((56/5)/5)
     prediction = np.array([[2.], [4], [6]])  # off by 0, 0, 3
-    assert eve(prediction, trials)[0] == pytest.approx((13 - 3)/(13 - 2/3))  # var of 2, 4, 9 = 26/2; mean squared error 9/3
+    # var of 2, 4, 9 = 26/2; mean squared error 9/3
+    assert eve(prediction, trials)[0] == pytest.approx((13 - 3)/(13 - 2/3))
     single = np.mean([1, 1, 0, 0, 4, 16])  # squared errors of the single trials
     assert feve(prediction, trials)[0] == pytest.approx(1 - (single - 4/3)/(56/5 - 4/3))
     assert split_half(trials)[0] == pytest.approx(spearman_brown(pearsonr([1, 4, 8], [3, 4, 10])[0]))
-    assert response_correlation(prediction, trials).single[0] == pytest.approx(pearsonr([2, 4, 6]*2, trials.ravel())[0])
+    assert response_correlation(prediction, trials).single[0] == pytest.approx(
+        pearsonr([2, 4, 6]*2, trials.ravel())[0])
 
 
 def test_variance_is_numpys():
     y = torch.randn(4, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(variance(y, 0), y.var(0)) and torch.allclose(variance(y, (0, 1)), y.flatten(0, 1).var(0))
+    assert (torch.allclose(variance(y, 0), y.var(0))
+            and torch.allclose(variance(y, (0, 1)), y.flatten(0, 1).var(0)))
     assert variance(y[:1], 0).isnan().all()
 
 
@@ -149,7 +165,7 @@ def test_ceiling_is_nan_for_noise():
     assert np.isnan(strict).all() and np.isnan(noise_normalized_r(trials[0], trials, least=.9)).all()
 
 
-# --- missing trials: the same numbers as dropping them by hand -------------------------------------------------------------------
+# --- missing trials: the same numbers as dropping them by hand ----------------------------------------------
 
 @pytest.fixture
 def gaps():
@@ -180,11 +196,14 @@ def test_missing_trials_are_left_out(gaps):
         repeated = np.concatenate([np.full(len(v), p[i]) for i, v in enumerate(lists)])
         assert r.single[n] == pytest.approx(pearsonr(repeated, everything)[0])
         error = np.mean(np.concatenate([(v - p[i])**2 for i, v in enumerate(lists)]))
-        assert feve(prediction, trials)[n] == pytest.approx(1 - (error - noise)/(everything.var(ddof=1) - noise))
+        assert feve(prediction, trials)[n] == pytest.approx(
+            1 - (error - noise)/(everything.var(ddof=1) - noise))
         noise_of_mean = np.mean([v.var(ddof=1)/len(v) for v in two])
         mse = np.mean((means - p[full])**2)
-        assert eve(prediction, trials)[n] == pytest.approx((means.var(ddof=1) - mse)/(means.var(ddof=1) - noise_of_mean))
-    assert np.isfinite(split_half(trials)).all() and np.abs(split_half(trials) - split_half(recording(seed=3)[1])).max() < .15
+        assert eve(prediction, trials)[n] == pytest.approx(
+            (means.var(ddof=1) - mse)/(means.var(ddof=1) - noise_of_mean))
+    assert (np.isfinite(split_half(trials)).all()
+            and np.abs(split_half(trials) - split_half(recording(seed=3)[1])).max() < .15)
 
 
 def test_a_full_recording_with_a_mask_is_unchanged():
@@ -192,16 +211,19 @@ def test_a_full_recording_with_a_mask_is_unchanged():
     more = np.concatenate([trials, np.full_like(trials[:1], np.nan)])
     for score in (noise_variance, normalized_noise_power, fano, oracle_correlation):
         np.testing.assert_allclose(score(more), score(trials), rtol=1e-12)
-    for score in (feve, eve): np.testing.assert_allclose(score(prediction, more), score(prediction, trials), rtol=1e-12)
+    for score in (feve, eve):
+        np.testing.assert_allclose(score(prediction, more), score(prediction, trials), rtol=1e-12)
 
 
-# --- kinds, scales and silent neurons ----------------------------------------------------------------------------------------------
+# --- kinds, scales and silent neurons -----------------------------------------------------------------------
 
-@pytest.mark.parametrize("score", [noise_variance, normalized_noise_power, explainable_variance, fano, oracle_correlation, split_half, correlation_ceiling])
+@pytest.mark.parametrize("score", [noise_variance, normalized_noise_power, explainable_variance, fano,
+                                   oracle_correlation, split_half, correlation_ceiling])
 def test_what_comes_in_comes_out(score):
     trials = recording(R=4, I=20, N=3)[1].astype(np.float32)
     tensor, array = score(torch.tensor(trials)), score(trials)
-    assert isinstance(array, np.ndarray) and isinstance(tensor, torch.Tensor) and array.shape == tensor.shape == (3,)
+    assert (isinstance(array, np.ndarray) and isinstance(tensor, torch.Tensor)
+            and array.shape == tensor.shape == (3,))
     assert np.array_equal(array, tensor.numpy(), equal_nan=True) and tensor.dtype == torch.float64
 
 
@@ -220,16 +242,19 @@ def test_units_do_not_matter():
         np.testing.assert_allclose(score(1e-7*trials), score(trials), rtol=1e-9)
     for score in (feve, eve, noise_normalized_r):
         np.testing.assert_allclose(score(1e-7*prediction, 1e-7*trials), score(prediction, trials), rtol=1e-9)
-    np.testing.assert_allclose(response_correlation(1 - 3*prediction, trials).average, -response_correlation(prediction, trials).average, rtol=1e-9)
+    np.testing.assert_allclose(response_correlation(1 - 3*prediction, trials).average,
+                               -response_correlation(prediction, trials).average, rtol=1e-9)
 
 
 def test_a_silent_neuron_counts_nothing_and_is_named():
     prediction, trials = recording()
     trials[..., 1] = .1
     trials = trials.astype(np.float32)  # .1 has no exact mean
-    with pytest.warns(UserWarning, match=r"neurons \[1\]"): assert response_correlation(prediction, trials).average[1] == 0
+    with pytest.warns(UserWarning, match=r"neurons \[1\]"):
+        assert response_correlation(prediction, trials).average[1] == 0
     with pytest.warns(UserWarning, match=r"neurons \[1\]"): assert oracle_correlation(trials)[1] == 0
-    with pytest.warns(UserWarning, match=r"neurons \[1\] do not vary"): assert explainable_variance(trials)[1] == 0
+    with pytest.warns(UserWarning, match=r"neurons \[1\] do not vary"):
+        assert explainable_variance(trials)[1] == 0
     with pytest.warns(UserWarning, match=r"neurons \[1\]") as seen: assert split_half(trials)[1] == 0
     assert len(seen) == 1  # not once a split
     assert oracle_correlation(trials, "conservative")[1] == pytest.approx(0, abs=1e-6)
@@ -257,7 +282,10 @@ def test_pearson_keeps_leading_axes_and_small_differences():
 def test_summary_is_the_parts():
     trials = np.random.default_rng(0).poisson(.7, (4, 30, 8)).astype(float)
     row = recording_summary(trials)
-    assert row["mean"] == pytest.approx(trials.mean()) and row["zeros"] == pytest.approx(np.median((trials == 0).mean((0, 1))))
-    assert row["fano"] == pytest.approx(np.median(fano(trials, "total"))) and row["nnp"] == pytest.approx(np.median(normalized_noise_power(trials)))
-    assert row["oracle"] == pytest.approx(oracle_correlation(trials).mean()) and row["rho_sb"] == pytest.approx(split_half(trials).mean())
+    assert (row["mean"] == pytest.approx(trials.mean())
+            and row["zeros"] == pytest.approx(np.median((trials == 0).mean((0, 1)))))
+    assert (row["fano"] == pytest.approx(np.median(fano(trials, "total")))
+            and row["nnp"] == pytest.approx(np.median(normalized_noise_power(trials))))
+    assert (row["oracle"] == pytest.approx(oracle_correlation(trials).mean())
+            and row["rho_sb"] == pytest.approx(split_half(trials).mean()))
     assert (row["repeats"], row["images"], row["neurons"]) == (4, 30, 8)

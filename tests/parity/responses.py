@@ -12,12 +12,13 @@ from visionbench.data.antolik import read_antolik2016
 from visionbench.data.neural_fixtures import write_antolik2016_fixture, write_sensorium_fixture
 from visionbench.data.photographs import PHOTOGRAPHS, natural_patches
 from visionbench.data.recordings import group_trials, read_sensorium
-from visionbench.data.responses import (NeuralDataset, SimulatedV1, load_antolik2016, load_antolik2016_test, load_sensorium,
-                                        simulated_v1_dataset)
+from visionbench.data.responses import (NeuralDataset, SimulatedV1, load_antolik2016,
+                                         load_antolik2016_test, load_sensorium, simulated_v1_dataset)
 from visionbench.data.simulated_v1 import draw_neurons, gabor_pairs
 
 PACKED = ROOT.parent / "shared" / "data" / "antolik2016_validation.npz"
-real = pytest.mark.skipif(not PACKED.is_file(), reason=f"the test sets of Antolík et al. 2016 are not at {PACKED}")
+real = pytest.mark.skipif(not PACKED.is_file(),
+                          reason=f"the test sets of Antolík et al. 2016 are not at {PACKED}")
 
 
 def correlation(a, b):
@@ -38,7 +39,8 @@ def noise_numbers(y):
 # photographs
 
 def test_block_means_of_a_plane_wave():
-    """A wave of period 50 keeps its phase and loses amplitude by the closed form of a box filter, at each scale."""
+    """A wave of period 50 keeps its phase and loses amplitude by the closed form of a box filter, at each
+    scale."""
     x = .5 + .5*np.cos(2*np.pi*np.arange(600)/50)[None].repeat(600, 0).astype(np.float32)
     for scale in photographs.SCALES:
         small = photographs.block_mean(x, scale)
@@ -51,14 +53,16 @@ def test_contrast_is_normalised_then_clipped():
     x = natural_patches(500)[:, 0].double()
     inside = ((x > 0) & (x < 1)).flatten(1).all(1)
     assert 20 < inside.sum() < 500                                    # both kinds occur
-    assert (x[inside].mean((1, 2)) - .45).abs().max() < 1e-6 and (x[inside].std((1, 2), correction=0) - .25).abs().max() < 1e-6
+    assert ((x[inside].mean((1, 2)) - .45).abs().max() < 1e-6
+            and (x[inside].std((1, 2), correction=0) - .25).abs().max() < 1e-6)
     assert abs(natural_patches(1800).std() - .222) < .01              # spec 5.3, measured on the prototype
 
 
 def test_patches_come_from_their_own_photographs(monkeypatch):
     """Each split opens its own files and no others; of the stereo pair only the left picture."""
     asked = []
-    monkeypatch.setattr(photographs, "photograph", lambda p, f: asked.append(f) or np.random.default_rng(1).random((400, 400)))
+    monkeypatch.setattr(photographs, "photograph", lambda p, f: (
+        asked.append(f) or np.random.default_rng(1).random((400, 400))))
     natural_patches(5, split="test")
     assert sorted(asked) == ["data/camera.png", "data/coins.png", "data/motorcycle_left.png"]
     asked.clear()
@@ -74,7 +78,8 @@ def test_scales_and_mirrors_are_drawn_evenly():
         patches = [photographs._draw(rng, sources, 31) for _ in range(600)]
     finally:
         photographs.block_mean = original
-    assert min(seen.count(s) for s in photographs.SCALES) > 70        # flat patches of white noise at scale 8 are drawn again
+    # flat patches of white noise at scale 8 are drawn again
+    assert min(seen.count(s) for s in photographs.SCALES) > 70
     mirrored = sum(p.strides[1] < 0 for p in patches)
     assert 240 < mirrored < 360
 
@@ -91,7 +96,8 @@ def test_a_longer_request_begins_with_the_shorter_one_and_is_quick():
     start = time.process_time()
     x = natural_patches(1800, seed=3)
     assert time.process_time() - start < 2
-    assert torch.equal(natural_patches(100, seed=3), x[:100]) and not torch.equal(natural_patches(100, seed=4), x[:100])
+    assert (torch.equal(natural_patches(100, seed=3), x[:100])
+            and not torch.equal(natural_patches(100, seed=4), x[:100]))
 
 
 def test_nothing_is_fetched(monkeypatch):
@@ -102,7 +108,8 @@ def test_nothing_is_fetched(monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage.data", None)            # importing it would raise
     monkeypatch.setitem(sys.modules, "pooch", None)
     photographs.photograph.cache_clear()
-    assert natural_patches(3).shape == (3, 1, 31, 31) and natural_patches(3, split="test").shape == (3, 1, 31, 31)
+    assert (natural_patches(3).shape == (3, 1, 31, 31)
+            and natural_patches(3, split="test").shape == (3, 1, 31, 31))
 
 
 def test_photographs_are_the_files_of_the_wheels():
@@ -148,7 +155,8 @@ def test_rates_equal_the_formula_neuron_by_neuron():
         even, odd = ((z*v1.filters[n, k].double().numpy()).sum((1, 2)) for k in (0, 1))
         k = p["complexity"][n]
         d = (1 - k)*np.maximum(even, 0) + k*np.sqrt((even**2 + odd**2)/2)
-        window = np.exp(-((xx - p["centre"][n, 0])**2 + (yy - p["centre"][n, 1])**2)/(2*(1.5*p["sigma"][n])**2))
+        window = np.exp(-((xx - p["centre"][n, 0])**2 + (yy - p["centre"][n, 1])**2)
+                        / (2*(1.5*p["sigma"][n])**2))
         u = d/(.1 + np.sqrt((window*z**2).sum((1, 2))/window.sum()))
         c, e = np.quantile(u, .8), p["exponent"][n]
         q = u**e/(u**e + c**e)
@@ -165,14 +173,16 @@ def test_trials_have_the_moments_of_a_doubly_gained_poisson():
     assert (y.var(0)/(rate + rate**2*(a*b - 1)) - 1).abs().max() < .15
     covariance = torch.stack([(y[:, i].T.cov()/(rate[i][:, None]*rate[i])) for i in range(4)])
     off = covariance[:, ~torch.eye(5, dtype=bool)]
-    assert abs(off.mean() - .3**2) < .02                              # only the shared gain correlates neurons
+    # only the shared gain correlates neurons
+    assert abs(off.mean() - .3**2) < .02
     across = ((y[:, 0] - rate[0])*(y[:, 1] - rate[1])).mean(0)/(rate[0]*rate[1])
     assert across.abs().mean() < .03                                  # and not across images
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_noise_is_that_of_mouse_v1(seed):
-    """Acceptance bands of spec 9.1.7; mean, zeros and Fano of the training trials, NNP and oracle of the test trials."""
+    """Acceptance bands of spec 9.1.7; mean, zeros and Fano of the training trials, NNP and oracle of the
+    test trials."""
     ds = simulated_v1_dataset(seed=seed, n_eval=0)
     y, trials = ds.responses.double().numpy(), ds.test_trials.double().numpy()
     assert .50 <= y.mean() <= .70
@@ -184,7 +194,8 @@ def test_noise_is_that_of_mouse_v1(seed):
 
 
 def test_simulated_sets_are_reproducible_and_have_no_common_noise():
-    a, b = simulated_v1_dataset(60, 20, 3, 7, seed=5, n_eval=10), simulated_v1_dataset(60, 20, 3, 7, seed=5, n_eval=10)
+    a, b = (simulated_v1_dataset(60, 20, 3, 7, seed=5, n_eval=10),
+            simulated_v1_dataset(60, 20, 3, 7, seed=5, n_eval=10))
     for k in ("images", "responses", "test_images", "test_trials", "test_rates", "eval_images", "eval_rates"):
         assert torch.equal(getattr(a, k), getattr(b, k)), k
     assert not torch.equal(a.responses, simulated_v1_dataset(60, 20, 3, 7, seed=6, n_eval=10).responses)
@@ -241,7 +252,8 @@ def test_antolik_layout_round_trip(tmp_path):
 
 
 @real
-@pytest.mark.parametrize("region,neurons,repeats,nnp,oracle", [(1, 103, 10, .781, .388), (2, 55, 8, .834, .296), (3, 102, 12, .802, .355)])
+@pytest.mark.parametrize("region,neurons,repeats,nnp,oracle",
+                         [(1, 103, 10, .781, .388), (2, 55, 8, .834, .296), (3, 102, 12, .802, .355)])
 def test_published_test_sets(region, neurons, repeats, nnp, oracle):
     """The table of spec 4.1, measured from supporting file S1 of Antolík et al. 2016 (CC BY 4.0)."""
     ds = load_antolik2016_test(PACKED, region)
@@ -262,7 +274,8 @@ def test_sensorium_layout_round_trip(tmp_path):
         assert np.allclose(ds.images[row]*255, np.load(tmp_path/f"data/images/{trial}.npy"), atol=1e-3)
     for j, i in enumerate(sorted(set(image[tier == "test"]))):
         trials = np.flatnonzero(image == i)
-        assert np.array_equal(ds.test_trials[:, j], [np.load(tmp_path/f"data/responses/{t}.npy") for t in trials])
+        assert np.array_equal(ds.test_trials[:, j],
+                              [np.load(tmp_path/f"data/responses/{t}.npy") for t in trials])
         assert np.allclose(ds.test_images[j]*255, np.load(tmp_path/f"data/images/{trials[0]}.npy"), atol=1e-3)
     validation = load_sensorium(tmp_path, tier="validation")
     assert len(validation) == 10 and validation.repeats == 4
@@ -291,11 +304,14 @@ def test_shrinking_is_the_block_mean(tmp_path):
 
 
 def test_xarray_assembly():
-    xr = pytest.importorskip("xarray", reason="xarray is not installed; the notebook shows the reader on a stand-in")
+    xr = pytest.importorskip("xarray",
+                             reason="xarray is not installed; the notebook shows the reader on a stand-in")
     values = np.arange(12.).reshape(2, 6, 1)
     one = xr.DataArray(values, dims=("neuroid", "presentation", "time_bin"),
-                       coords={"stimulus_id": ("presentation", ["b", "a", "b", "c", "b", "a"]), "neuroid_id": ("neuroid", ["x", "y"])})
+                       coords={"stimulus_id": ("presentation", ["b", "a", "b", "c", "b", "a"]),
+                               "neuroid_id": ("neuroid", ["x", "y"])})
     pictures = {k: np.full((4, 4), i/4) for i, k in enumerate("abc")}
     ds = NeuralDataset.from_xarray(one, pictures)
-    assert ds.responses.tolist() == [[3, 9]] and ds.images.unique().tolist() == [.5] and ds.neuron_ids == ("x", "y")
+    assert (ds.responses.tolist() == [[3, 9]] and ds.images.unique().tolist() == [.5]
+            and ds.neuron_ids == ("x", "y"))
     assert ds.test_trials[:, 0, 0].tolist()[:2] == [1, 5] and ds.test_trials[:, 1, 1].tolist() == [6, 8, 10]
