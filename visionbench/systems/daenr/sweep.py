@@ -67,7 +67,7 @@ class Sweep:
     def has(self, name: str) -> bool: # was a number measured at all, e.g. r_true or cka?
         return bool(self.means["name"].str.match(name + "(_h[0-9]+)?$").any())
 
-# %% ../../../nbs/systems/daenr/sweep.ipynb #15495738
+# %% ../../../nbs/systems/daenr/sweep.ipynb #fe723358
 def bootstrap_mean(
     values: Sequence[float],  # one per seed
     n: int = 2000,  # resamples
@@ -81,7 +81,7 @@ def bootstrap_mean(
 
 def gains(
     sweep: Sweep,
-    name: str,  # as `Sweep.values`
+    name: str,  # as Sweep.values
     against: str,  # variant that is subtracted
     tap: int,
     weight: float,  # λ of the joint network, and of the other where it has one
