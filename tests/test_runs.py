@@ -144,7 +144,7 @@ def test_two_processes_share_one_run(toy, finished):
 
 @pytest.mark.slow
 def test_ctrl_c_ends_the_kernel_and_leaves_a_run_to_resume(toy):
-    process = toy.start("run", "toy", "--out", toy.out, *SMALL, TOY_SLEEP="0.2")
+    process = toy.start("run", "toy", "--out", toy.out, *SMALL, TOY_SLEEP="0.5")
     wait_for(lambda: [*toy.out.rglob("*.safetensors")])
     kernels = children(process.pid)
     os.killpg(process.pid, signal.SIGINT)
