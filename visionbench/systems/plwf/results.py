@@ -73,7 +73,7 @@ class StreamResult:
 
 
 def order_of(seed: int) -> int:
-    "The order of the classes that belongs to a replica, as `TaskStream.reordered` takes it."
+    "The order of the classes that belongs to a replica, as `reordered` takes it."
     return seed_of(seed, "classes") % 2**32
 
 
