@@ -94,7 +94,7 @@ class DictData(Dataset):
             batch["image"] = batch["image"].float() / 255
         return self.transform(batch) if self.transform else batch
 
-    def __getitems__(self, indices: list[int]) -> dict: return self[indices]
+    def __getitems__(self, indices: list[int]) -> dict: return self[torch.as_tensor(indices)]
 
 # %% ../../nbs/core/tensors.ipynb #00468f4d
 class EpochBatches(BatchSampler):

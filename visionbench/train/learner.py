@@ -7,6 +7,8 @@ __all__ = ['PLAIN', 'EVENTS', 'accelerator', 'NonFiniteLoss', 'Learner']
 
 # %% ../../nbs/train/learner.ipynb #13bacfa7
 import os
+from functools import reduce
+from math import isfinite
 from typing import Callable, Sequence
 
 import torch
@@ -59,6 +61,8 @@ class Learner:
         self.seed, self.limit, self.epoch, self.index, self.iteration = seed, limit_batches, 0, 0, 0
         self.accelerator = accelerator(device, precision)
         self.model, self.optimizer, self.batches = self.accelerator.prepare(model, optimizer, batches)
+        # whether gradients are what autograd made: no loss scale, no engine of others in between
+        self.plain = self.accelerator.scaler is None and self.accelerator.distributed_type in PLAIN
 
     @property
     def batches_per_epoch(self) -> int:
@@ -78,12 +82,7 @@ class Learner:
 
     def forward(self): return self.apply(self.model, self.batch)
     def losses(self): return self.loss(self.out, self.batch)
-    def backward(self): self.accelerator.backward(self.total)
-
-    @property
-    def plain(self) -> bool:
-        "Whether gradients are what autograd made, with no loss scale and no engine of others in between."
-        return self.accelerator.scaler is None and self.accelerator.distributed_type in PLAIN
+    def backward(self): self.total.backward() if self.plain else self.accelerator.backward(self.total)
 
     def step(self):
         # accelerate's wrapper inspects signatures in each step, which costs as much as a small network
@@ -117,8 +116,8 @@ class Learner:
         self.call("before_batch")
         self.out = self.do("forward")
         self.terms: dict[str, Tensor] = self.do("losses")
-        self.total = sum(self.terms.values())
-        if not torch.isfinite(self.total.detach()): self.stop_on_non_finite()
+        self.total = reduce(torch.add, self.terms.values())
+        if not isfinite(self.total.item()): self.stop_on_non_finite()
         self.call("after_loss")
         self.do("backward")
         self.call("after_backward")

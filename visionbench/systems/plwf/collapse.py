@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../../../nbs/systems/plwf/collapse.ipynb #9f068716
@@ -106,25 +107,29 @@ class Collapse:
         if key not in self.tables: self.tables[key] = self.table.to(*key), self.table.sum(0).to(*key)
         return self.tables[key]
 
-    def check(self, logits: Tensor, targets: SoftTargets) -> tuple[Tensor, Tensor]:
-        "Logits / τ of the old classes (B,c), at least float32, and their log-sum-exps (B, edges)."
+    def scaled(self, logits: Tensor, targets: SoftTargets) -> Tensor:
+        "Logits / τ of the old classes (B,c), at least float32."
         K, c = len(self.spans), self.classes
         shape = (len(logits), K, c) if targets.separate else (len(logits), c)
         if logits.ndim != 2 or logits.shape[1] < c or targets.P.shape != shape:
             raise ValueError(f"logits {tuple(logits.shape)} and soft targets {tuple(targets.P.shape)} given, "
                              f"expected (B,≥{c}) and (B,{c}) or (B,{K},{c})")
-        wide = logits[:, :c].to(torch.promote_types(logits.dtype, torch.float32))
-        blocks = block_logsumexp(z := wide / self.temperature, self.edges)
-        return z, blocks.logcumsumexp(1) if self.prefix else blocks
+        return logits[:, :c].to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
+
+    def logsumexps(self, z: Tensor) -> Tensor:
+        "Of every soft-max that some teacher has (B, edges)."
+        blocks = block_logsumexp(z, self.edges)
+        return blocks.logcumsumexp(1) if self.prefix else blocks
 
     def loss(self,
         logits: Tensor,  # of the student (B,≥c)
         targets: SoftTargets,  # of the same images; separate ones are added up
     ) -> Tensor:  # scalar, nats·τ²
         "Σ w_i L_i. Raises `ValueError` where logits and targets do not fit."
-        targets = targets.summed()
-        z, lse = self.check(logits, targets)
-        return self.temperature**2 * (lse @ self.on(z)[1] - (targets.P * z).sum(1) + targets.const).mean()
+        P, const = targets = targets.summed()
+        z = self.scaled(logits, targets)
+        if len(self.edges) == 1: return self.temperature**2 * (F.cross_entropy(z, P) + const.mean())
+        return self.temperature**2 * (self.logsumexps(z) @ self.on(z)[1] - (P * z).sum(1) + const).mean()
 
     def terms(self,
         logits: Tensor,  # of the student (B,≥c)
@@ -133,6 +138,6 @@ class Collapse:
         "The same teacher by teacher. Raises `ValueError` on targets that are already added up."
         if not targets.separate:
             raise ValueError(f"soft targets {tuple(targets.P.shape)} are added up, expected (B,K,c)")
-        z, lse = self.check(logits, targets)
+        z = self.scaled(logits, targets)
         cross = (targets.P @ z[:, :, None]).squeeze(2)
-        return self.temperature**2 * (lse @ self.on(z)[0].T - cross + targets.const).mean(0)
+        return self.temperature**2 * (self.logsumexps(z) @ self.on(z)[0].T - cross + targets.const).mean(0)
