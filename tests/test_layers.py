@@ -17,6 +17,7 @@ BELOW = {  # what a room may import, beside itself
 }
 BELOW["systems"] = {*BELOW}
 BELOW["docs"] = {"core", "runs"}  # it executes notebooks as a run does
+BELOW["configure"] = {"core", "data"}
 BELOW["cli"] = {*BELOW}
 
 

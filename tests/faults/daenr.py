@@ -18,7 +18,7 @@ from visionbench.systems.daenr.compare import compare_variants, per_seed
 from visionbench.systems.daenr.config import DaenrConfig
 from visionbench.systems.daenr.fit import check_settings, fit
 from visionbench.systems.daenr.losses import NEURAL_LOSSES, JointLoss, poisson_loss
-from visionbench.systems.daenr.nets import load_recording, networks, run_config
+from visionbench.systems.daenr.nets import load_recording, networks
 from visionbench.systems.daenr.network import NeuralAutoencoder, build_network
 from visionbench.systems.daenr.neurons import (evaluate_dae_nr, judge_layers, judge_neurons, neuron_table,
                                                similarity_target)
@@ -245,7 +245,7 @@ def altered(run, tmp_path, **settings):
 
 def test_networks_of_another_system(run, tmp_path):
     with says("is a run of 'plwf', expected 'daenr'", RunError):
-        run_config(altered(run, tmp_path, system="plwf"))
+        altered(run, tmp_path, system="plwf").settings_as(DaenrConfig)
 
 
 def test_settings_of_another_version(run, tmp_path):

@@ -20,7 +20,7 @@ from visionbench.systems.plwf.claims import CLAIMS
 from visionbench.systems.plwf.config import PlwfConfig
 from visionbench.systems.plwf.fit import PLwF, compare, fit, run_stream
 from visionbench.systems.plwf.methods import Stage
-from visionbench.systems.plwf.nets import member_snapshots, networks, run_config, run_stream_of
+from visionbench.systems.plwf.nets import member_snapshots, networks, run_stream_of
 from visionbench.systems.plwf.results import paired
 from visionbench.systems.plwf.search import LambdaSearch, hold_back
 from visionbench.systems.plwf.snapshots import Snapshots
@@ -226,7 +226,7 @@ def test_runs_of_another_system_or_version(run, tmp_path):
     for change, text in ((dict(system="backdoor"), "is a run of 'backdoor', expected 'plwf'"),
                          (dict(lambda_=1), "does not know: lambda_")):
         (tmp_path / "settings.json").write_text(json.dumps(run.settings | change))
-        with says(text, error=RunError): run_config(Run.open(tmp_path))
+        with says(text, error=RunError): Run.open(tmp_path).settings_as(PlwfConfig)
 
 
 def test_a_damaged_snapshot_is_refused(run, tmp_path):

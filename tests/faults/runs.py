@@ -97,7 +97,8 @@ def test_one_failure_does_not_stop_the_next_system(fit, monkeypatch):
         if config.system == "bad": raise ExecuteError("NameError: no such name")
         return Path("/runs/toy")
     monkeypatch.setattr("visionbench.runs.execute.execute", execute)
-    monkeypatch.setattr(cli, "configure", lambda system, *_: SimpleNamespace(system=system))
+    monkeypatch.setattr(cli, "kind_of", lambda system: SimpleNamespace(system=system))
+    monkeypatch.setattr(cli, "configure", lambda kind, *_: kind)
     done = CliRunner().invoke(cli.app, ["run", "bad", "toy"])
     assert (done.exit_code, done.stdout) == (1, "/runs/toy\n")
     assert done.stderr == "visionbench: NameError: no such name\n"

@@ -92,6 +92,8 @@ class Config:
     description: typing.ClassVar[str] = ""  # the question it answers, one line
     unhashed: typing.ClassVar[tuple] = ("preset", "seed", "device", "out", "threads")
     presets: typing.ClassVar[tuple] = ("quick", "small", "paper")
+    data_settings: typing.ClassVar[tuple] = ()  # names of the settings that say which data are read
+    dashboard: typing.ClassVar[str] = ""  # its page among the dashboards; empty: that of the system's name
 
     def __post_init__(self):
         for name, (kind, meta) in self.fields().items():

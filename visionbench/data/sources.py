@@ -9,7 +9,7 @@ __all__ = ['OWN', 'SOURCES', 'Source']
 from dataclasses import dataclass
 
 from .antolik import ANTOLIK
-from .catalogue import CARDS
+from .catalogue import CARDS, as_card
 
 # %% ../../nbs/data/sources.ipynb #03340375
 @dataclass(frozen=True)
@@ -23,9 +23,7 @@ class Source:
 
     def __str__(self):
         about = dict(contents=self.contents, obtain=self.obtain, licence=self.licence)
-        lines = [self.name, *(f"  {k:<9} {v}" for k, v in about.items())]
-        if self.layout: lines.append("  layout    under the folder you give as data:")
-        return "\n".join(lines + [f"            {line}" for line in self.layout.splitlines()])
+        return as_card(self.name, about, self.layout)
 
 # %% ../../nbs/data/sources.ipynb #23dfb420
 OWN = (

@@ -6,8 +6,7 @@
 __all__ = ['doors', 'networks', 'run_images']
 
 # %% ../../nbs/runs/networks.ipynb #1af5cbff
-import sys
-from importlib import import_module, util
+from importlib import import_module
 from types import ModuleType
 
 from torch import nn
@@ -20,10 +19,11 @@ def doors(
 ) -> ModuleType:  # the chapter `nets` of its system
     "Where a run's networks are rebuilt; raises `RunError` when its system has no such chapter."
     place = f"visionbench.systems.{run.settings['system']}"
-    if place + ".nets" in sys.modules or (util.find_spec(place) and util.find_spec(place + ".nets")):
-        return import_module(place + ".nets")
-    raise RunError(f"{run.path} is a run of '{run.settings['system']}', a system that cannot rebuild "
-                   f"networks: {place}.nets is missing.")
+    try: return import_module(place + ".nets")
+    except ModuleNotFoundError as e:
+        if e.name not in (place, place + ".nets"): raise
+        raise RunError(f"{run.path} is a run of '{run.settings['system']}', a system that cannot rebuild "
+                       f"networks: {place}.nets is missing.") from None
 
 
 def networks(

@@ -58,6 +58,15 @@ class Run:
     @property
     def settings(self) -> dict: return self.read_json("settings.json", {})
 
+    def settings_as(self, kind: type[Config]) -> Config:
+        "The settings, checked again; raises `RunError` on a run of another system or version."
+        said = {k: v for k, v in self.settings.items() if k not in ("system", "hash")}
+        if (system := self.settings.get("system")) != kind.system:
+            raise RunError(f"{self.path} is a run of {system!r}, expected {kind.system!r}.")
+        if unknown := sorted(set(said) - set(kind.fields())):
+            raise RunError(f"{self.path} has settings this version does not know: {', '.join(unknown)}.")
+        return kind.start(said.pop("preset"), **said)
+
     @property
     def status(self) -> dict: return self.read_json("status.json", {})
 

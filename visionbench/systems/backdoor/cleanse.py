@@ -94,18 +94,23 @@ class CleanseCB:
         "Keep what is smaller and works, move λ, rest finished classes; raises `Converged` when all rest."
         a, (mask, pattern) = self.model.active.cpu(), (p.detach().cpu().clone() for p in self.model.patches())
         works, norm = self.hits / self.seen >= self.success, mask.flatten(1).sum(1)
-        for k in a[(works & (norm[a] < self.best[a])) | self.best[a].isinf()].tolist():
-            share = self.measure(mask[k], pattern[k], self.model.target[k])
-            if share >= self.success: self.best[k] = norm[k]
-            elif self.best[k] < float("inf"): continue
-            self.mask[k], self.pattern[k], self.share[k] = mask[k], pattern[k], share
+        for k in a[works & (norm[a] < self.best[a])].tolist(): self.keep(k, mask[k], pattern[k])
         self.move(a, works)
         fresh = self.best[a] < .99 * self.mark[a]
         self.mark[a[fresh]], self.epochs[a] = self.best[a[fresh]], learner.epoch
         turned = (self.raised[a] > 0) & (self.lowered[a] > 0)
         self.stale[a] = torch.where(fresh | ~turned, 0, self.stale[a] + 1)
-        self.model.active = self.model.active[(self.stale[a] < self.stop).to(self.model.active.device)]
+        rests = (self.stale[a] >= self.stop) | (learner.epoch == learner.epochs)
+        for k in a[rests & self.best[a].isinf()].tolist(): self.keep(k, mask[k], pattern[k], last=True)
+        self.model.active = self.model.active[~rests.to(self.model.active.device)]
         if len(self.model.active) == 0: raise Converged
+
+    def keep(self, k: int, mask: Tensor, pattern: Tensor, last: bool = False):
+        "Keep the patch of a class if it turns enough images, or else if it is the last one."
+        share = self.measure(mask, pattern, self.model.target[k])
+        if share >= self.success: self.best[k] = mask.sum()
+        elif not last: return
+        self.mask[k], self.pattern[k], self.share[k] = mask, pattern, share
 
     def measure(self, mask: Tensor, pattern: Tensor, target: Tensor) -> float:
         "Share of all images that a patch turns."

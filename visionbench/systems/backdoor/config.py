@@ -73,6 +73,7 @@ class BackdoorConfig(Config):
     system: ClassVar[str] = "backdoor"
     title: ClassVar[str] = "Multi-exit backdoor audit"
     presets: ClassVar[tuple] = ("quick", "small", "paper", "released")
+    data_settings: ClassVar[tuple] = ("dataset",)
     description: ClassVar[str] = ("Does converting this checkpoint to early exits wake something the "
                                   "checkpoint hides?")
 

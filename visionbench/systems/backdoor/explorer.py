@@ -20,9 +20,9 @@ from ...runs.record import Run
 from .cached import CachedNet, cached_logits, cached_victims, exit_costs
 from .cards import (NUMBERS, ScanCard, defence_board, read_scan, scan_board,
                                                 scan_card, scan_images, scan_text, twin_rates)
-from .config import aimed_outputs
+from .config import BackdoorConfig, aimed_outputs
 from .monitor import Strip
-from .nets import load_nets, run_config, run_images
+from .nets import load_nets, run_images
 from .pictures import exits_board, monitor_board, policy_board, policy_table
 from .trigger import trigger_of
 from .verdict import ExitScanReport
@@ -37,7 +37,7 @@ class Material:
         run: Run,  # finished
         scan: ExitScanReport | ScanCard | None = None,  # None: the one kept in the run's folder, if any
     ):
-        self.run, self.config, self.victims = run, run_config(run), cached_victims(run)
+        self.run, self.config, self.victims = run, run.settings_as(BackdoorConfig), cached_victims(run)
         self.scan = scan_card(scan) if isinstance(scan, ExitScanReport) else scan or read_scan(run.path)
         self.metrics, self.target, self.trigger = run.metrics, self.config.target, trigger_of(self.config)
         self.known, self.loaded, self.strips, self.cost = {}, {}, {}, exit_costs(run)

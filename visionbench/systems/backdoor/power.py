@@ -20,7 +20,8 @@ from ...metrics.classify import attack_success_rate
 from ...nn.exits import MultiExitNet
 from ...runs.record import Run
 from .audit import ExitScan
-from .nets import run_config, run_images, stage_weights, vanilla_net
+from .config import BackdoorConfig
+from .nets import run_images, stage_weights, vanilla_net
 from .trigger import trigger_of
 from .verdict import ExitScanReport
 from ...train.exits import train_exits
@@ -41,7 +42,7 @@ def subjects_of(
     expected: str = "",  # of its simulated network
 ) -> list[Subject]:  # the clean twin and the simulated network
     "Networks of a run, before and after injection; raises `RunError` when the run lacks one."
-    config, images, found = run_config(run), run_images(run), []
+    config, images, found = run.settings_as(BackdoorConfig), run_images(run), []
     for stage, kind, part in (("pretrain", "clean", ""), ("inject", "simulated", "backbone.")):
         net = vanilla_net(config, images).eval()
         net.load_state_dict(stage_weights(run, stage, part)[0])

@@ -19,8 +19,8 @@ from ...data.responses import NeuralDataset
 from ...metrics.image import psnr, ssim
 from ...runs.networks import networks
 from ...runs.record import Run, RunError
-from .config import Member, members
-from .nets import load_recording, run_config
+from .config import DaenrConfig, Member, members
+from .nets import load_recording
 from .network import NeuralAutoencoder, evaluating
 from .neurons import Seen, look
 from .references import pca_reconstruction
@@ -87,7 +87,7 @@ class CachedRun:
         run: Run | str | Path,  # finished, or its folder
     ):
         self.run = run if isinstance(run, Run) else Run.open(run)
-        self.config, self.metrics = run_config(self.run), self.run.metrics
+        self.config, self.metrics = self.run.settings_as(DaenrConfig), self.run.metrics
         self.members = {m.name: m for m in members(self.config)}
         self.kept = {}
 

@@ -71,6 +71,8 @@ class DaenrConfig(Config):
     title: ClassVar[str] = "DAE-NR"
     description: ClassVar[str] = "Does a brain-constrained network see better, and is it more brain-like?"
     unhashed: ClassVar[tuple] = (*Config.unhashed, "every")
+    data_settings: ClassVar[tuple] = ("recording",)
+    dashboard: ClassVar[str] = "similarity"
 
     def __post_init__(self):
         super().__post_init__()

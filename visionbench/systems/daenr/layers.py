@@ -22,7 +22,7 @@ from ...similarity.kernels import products
 from ...similarity.pairs import gram_distances
 from ...similarity.rdm import rdm
 from .config import DaenrConfig
-from .nets import load_recording, run_config
+from .nets import load_recording
 
 # %% ../../../nbs/systems/daenr/layers.ipynb #1298c62b
 def kernels(m: nn.Module) -> int: # modules inside that carry a kernel or a matrix
@@ -73,7 +73,7 @@ def run_stimuli(
     if run.settings["system"] != DaenrConfig.system:
         image = run_images(run).image[:MOST]
         return [Stimuli("its images", image.float() / 255 if image.dtype == torch.uint8 else image.float())]
-    ds, found = load_recording(run_config(run)), []
+    ds, found = load_recording(run.settings_as(DaenrConfig)), []
     if ds.test_trials is not None:
         whole = ds.test_trials[:, :MOST] if ds.repeats > 1 and ds.test_trials.isfinite().all() else None
         name, mean = f"test images, {ds.repeats} trials", ds.test_mean[:MOST].nan_to_num()

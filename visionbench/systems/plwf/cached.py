@@ -15,7 +15,8 @@ from torch import Tensor
 from ...data.partition import TaskStream
 from ...runs.record import Run, RunError
 from .claims import accuracies
-from .nets import member_snapshots, run_config, run_members, run_stream_of
+from .config import PlwfConfig
+from .nets import member_snapshots, run_members, run_stream_of
 from .plan import Member, members
 from .snapshots import Snapshots
 from .stream import all_logits
@@ -48,7 +49,7 @@ class CachedRun:
     def __init__(self,
         run: Run,
     ):
-        self.run, self.config, self.kept = run, run_config(run), {}
+        self.run, self.config, self.kept = run, run.settings_as(PlwfConfig), {}
         rows = run.metrics
         self.rows = rows.reindex(columns=[*dict.fromkeys([*COLUMNS, *rows.columns])])
         keys = [self.rows[c].fillna(-1.) if c == "lam" else self.rows[c]

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # %% ../../../nbs/systems/plwf/collapse.ipynb #9f068716
 FORMS = ("joint", "per_task", "own")
@@ -81,6 +82,24 @@ def block_logsumexp(
     return padded[:, _padding(edges, z.device)].logsumexp(-1)
 
 # %% ../../../nbs/systems/plwf/collapse.ipynb #c920bfe3
+class _WithGradient(torch.autograd.Function):
+    "The collapsed loss of several soft-maxes, and its gradient from the same pass."
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: SoftTargets, space: "Collapse") -> Tensor:
+        z, (P, const), tau = space.scaled(logits, targets), targets, space.temperature
+        lse, (_, w, logs) = space.logsumexps(z), space.on(z)
+        share = logs - lse
+        if space.prefix: share = share.flip(1).logcumsumexp(1).flip(1)
+        said = (z + share.index_select(1, space.block.to(z.device))).exp_()
+        surplus = F.pad(said.sub_(P).mul_(tau / len(z)), (0, logits.shape[1] - z.shape[1]))
+        ctx.save_for_backward(surplus.to(logits.dtype))
+        return tau**2 * (lse @ w - (P * z).sum(1) + const).mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor): return upstream * ctx.saved_tensors[0], None, None
+
+
 class Collapse:
     "The distillation loss of a fixed set of weighted teachers, in time that does not depend on their number."
     def __init__(self,
@@ -96,15 +115,18 @@ class Collapse:
         stops = [{b for _, b in s} for s in self.spans]
         table = [[w * (e in s) for e in self.edges] for w, s in zip(weights, stops)]
         self.table = torch.tensor(table, dtype=torch.float64)
+        self.block = torch.bucketize(torch.arange(self.classes), torch.tensor(self.edges), right=True)
         self.tables = {}
 
     @property
     def classes(self) -> int: return self.edges[-1]
 
-    def on(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        "The table and its column sums where `z` lies, copied there once."
+    def on(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        "The table, its column sums and their logarithms where `z` lies, copied there once."
         key = z.device, z.dtype
-        if key not in self.tables: self.tables[key] = self.table.to(*key), self.table.sum(0).to(*key)
+        if key not in self.tables:
+            kept = self.table, self.table.sum(0), self.table.sum(0).log()
+            self.tables[key] = tuple(t.to(*key) for t in kept)
         return self.tables[key]
 
     def scaled(self, logits: Tensor, targets: SoftTargets) -> Tensor:
@@ -126,10 +148,10 @@ class Collapse:
         targets: SoftTargets,  # of the same images; separate ones are added up
     ) -> Tensor:  # scalar, nats·τ²
         "Σ w_i L_i. Raises `ValueError` where logits and targets do not fit."
-        P, const = targets = targets.summed()
-        z = self.scaled(logits, targets)
-        if len(self.edges) == 1: return self.temperature**2 * (F.cross_entropy(z, P) + const.mean())
-        return self.temperature**2 * (self.logsumexps(z) @ self.on(z)[1] - (P * z).sum(1) + const).mean()
+        targets = targets.summed()
+        if len(self.edges) > 1: return _WithGradient.apply(logits, targets, self)
+        cross = F.cross_entropy(self.scaled(logits, targets), targets.P)
+        return self.temperature**2 * (cross + targets.const.mean())
 
     def terms(self,
         logits: Tensor,  # of the student (B,≥c)

@@ -76,6 +76,7 @@ class PlwfConfig(Config):
     system: ClassVar[str] = "plwf"
     title: ClassVar[str] = "Progressive learning without forgetting"
     description: ClassVar[str] = "Can a classifier keep learning classes without old images, and not forget?"
+    data_settings: ClassVar[tuple] = ("streams",)
 
     def __post_init__(self):
         super().__post_init__()
