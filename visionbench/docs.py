@@ -218,7 +218,8 @@ def execute_notebooks(
     import nbformat
     from nbclient import NotebookClient
 
-    from visionbench.runs.execute import kernel_environment, tidy
+    from visionbench.runs.execute import kernel_environment
+    from visionbench.runs.screen import tidy
 
     ran, skip = [], re.compile(rf"^#\|\s*(eval:\s*false|{'|'.join(flags)})\s*$", re.M)
     for path in map(Path, paths):

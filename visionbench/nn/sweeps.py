@@ -45,12 +45,25 @@ def in_a_row(
     for g in good.unbind(-2): rows.append(count := (count + 1) * g)
     return torch.stack(rows, -2)
 
-def by_confidence(s:ExitScores, values:Tensor, start:int) -> Tensor: return s.confidence > values # strictly
-def by_entropy(s:ExitScores, values:Tensor, start:int) -> Tensor: return s.entropy < values
+def by_confidence(s:ExitScores, values:Tensor, start:int) -> Tensor:
+    "Strictly above a confidence."
+    return s.confidence > values
+
+
+def by_entropy(s:ExitScores, values:Tensor, start:int) -> Tensor:
+    "Strictly below an entropy."
+    return s.entropy < values
+
+
 def by_sure_pairs(s:ExitScores, values:Tensor, start:int) -> Tensor:
+    "Two confident outputs in a row."
     return in_a_row(s.confidence > values) >= 2
+
+
 def by_exit(s:ExitScores, values:Tensor, start:int) -> Tensor:
+    "At a fixed output and after it."
     return (torch.arange(start, start + len(s.pred))[:, None] >= values).expand(-1, *s.pred.shape)
+
 
 def by_patience(s:ExitScores, values:Tensor, start:int) -> Tensor:
     "Repetitions of the answer."
@@ -70,11 +83,30 @@ class Rule(NamedTuple):
 
 STEPS = (*(round(.05*k, 2) for k in range(1, 20)), .99, .999) # probabilities
 
-def steps(M:int, K:int) -> tuple: return STEPS
-def nats(M:int, K:int) -> tuple: return tuple(round(log(K) * t, 3) for t in STEPS[:-2])
-def exits(M:int, K:int) -> tuple: return tuple(range(M))
-def repetitions(M:int, K:int) -> tuple: return tuple(range(1, M))
-def ratios(M:int, K:int) -> tuple: return tuple(round(2**(k/3), 3) for k in range(-9, 10)) # as `calibrate`
+def steps(M:int, K:int) -> tuple:
+    "Probabilities."
+    return STEPS
+
+
+def nats(M:int, K:int) -> tuple:
+    "Entropies, up to almost that of a guess."
+    return tuple(round(log(K) * t, 3) for t in STEPS[:-2])
+
+
+def exits(M:int, K:int) -> tuple:
+    "Every output."
+    return tuple(range(M))
+
+
+def repetitions(M:int, K:int) -> tuple:
+    "As many answers in a row as there can be."
+    return tuple(range(1, M))
+
+
+def ratios(M:int, K:int) -> tuple:
+    "Shares of each output over those of the one before, from 1/8 to 8, as `calibrate` tries them."
+    return tuple(round(2**(k/3), 3) for k in range(-9, 10))
+
 
 RULES = {
     'confidence': Rule('confidence T', steps, 17, by_confidence, ConfidencePolicy),

@@ -74,6 +74,7 @@ def named(
 
 
 def choice(name: str, description: str, options, **more) -> widgets.Dropdown:
+    "A list to choose from."
     return named(widgets.Dropdown(options=options, **more), name, description)
 
 
@@ -88,7 +89,9 @@ def steps(
                  name, description)
 
 
-def spelled(values: Sequence) -> list[tuple]: return [(f"{v:g}", v) for v in values]
+def spelled(values: Sequence) -> list[tuple]:
+    "Numbers as choices, written short."
+    return [(f"{v:g}", v) for v in values]
 
 
 def whole(name: str, description: str, low: int, high: int, value: int) -> widgets.IntSlider:

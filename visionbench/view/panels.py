@@ -103,6 +103,7 @@ def cells(
 
 
 def span(first: tuple, last: tuple) -> tuple:  # top left box, bottom right box
+    "The box around both and whatever lies between."
     return first[0], last[1], last[2], first[3]
 
 # %% ../../nbs/view/panels.ipynb #1e7cac87
@@ -124,6 +125,7 @@ def dot(x: float, y: float, colour: str, symbol: str = "circle", **more) -> dict
 
 
 def bars(x, y, name: str, colour: str, **more) -> dict:
+    "A trace of bars."
     return dict(type="bar", x=list(x), y=list(y), name=name, marker=dict(color=colour)) | more
 
 
@@ -143,8 +145,12 @@ def outline(
 
 
 def band(x0: float, x1: float) -> dict:
+    "A shaded stretch of the x axis, over the whole height."
     return dict(type="rect", x0=x0, x1=x1, y0=0, y1=1, fillcolor=ROLES["band"], opacity=.15)
+
+
 def upright(x: float) -> dict:
+    "A dashed vertical line."
     return dict(type="line", x0=x, x1=x, y0=0, y1=1, line=dict(color=ROLES["floor"], width=1, dash="dash"))
 
 # %% ../../nbs/view/panels.ipynb #853d0200

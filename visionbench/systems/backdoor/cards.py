@@ -119,6 +119,7 @@ class ScanCard(NamedTuple):
 
 
 def cell_name(exit: int, method: str, window: int) -> str:
+    "What the card calls a cell of the grid."
     return f"exit {exit}, {method}" + (f" {window}×{window}" if window else "")
 
 

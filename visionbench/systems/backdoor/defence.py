@@ -87,7 +87,9 @@ def runtime_rows(
     return [*rows, dict(defence="exit confusion", view="all exits", name="auroc", value=auroc)]
 
 
-def view_name(i: int, M: int) -> str: return "vanilla" if i == M - 1 else f"exit {i}"
+def view_name(i: int, M: int) -> str:
+    "What tables call output i of M."
+    return "vanilla" if i == M - 1 else f"exit {i}"
 
 
 def scan_rows(mx: MultiExitNet, train: ImageSet, bench: Bench) -> list[dict]:

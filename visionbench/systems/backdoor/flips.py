@@ -28,7 +28,9 @@ class Patches(NamedTuple):
     def at(self, rows) -> "Patches": return Patches(*(t[rows] for t in self))
 
 
-def join(many: Sequence[Patches]) -> Patches: return Patches(*(torch.cat(t) for t in zip(*many)))
+def join(many: Sequence[Patches]) -> Patches:
+    "All patches of several sets, in order."
+    return Patches(*(torch.cat(t) for t in zip(*many)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -112,6 +112,7 @@ def block_of(
 
 
 def silence(module, args, out):  # forward hook: (B,C,…)
+    "Zero the channels that are not kept."
     return out * module.kept.view(-1, *[1] * (out.ndim - 2))
 
 

@@ -28,7 +28,9 @@ from .sweep import Sweep
 NEURONS = "neurons"  # name under which a recording stands beside networks
 
 
-def finished(run: Run) -> bool: return run.status.get("state") == "done" # is it worth opening?
+def finished(run: Run) -> bool:
+    "Whether a run is worth opening."
+    return run.status.get("state") == "done"
 
 
 class Bench:

@@ -37,7 +37,9 @@ def reach(
     return control.value - control.min
 
 
-def listing(names: dict) -> list[tuple]: return [(shown, key) for key, shown in names.items()] # for `offer`
+def listing(names: dict) -> list[tuple]:
+    "Key → name as the choices of `offer`."
+    return [(shown, key) for key, shown in names.items()]
 
 # %% ../../../nbs/systems/daenr/listening.ipynb #9e84ffd6
 class ListeningPage(Page):

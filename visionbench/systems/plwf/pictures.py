@@ -138,8 +138,9 @@ def matrix_board(cached: CachedRun, name: str, beside: str, kind: str = "task",
                  margin=dict(l=60, r=30, t=40, b=50))
 
 # %% ../../../nbs/systems/plwf/pictures.ipynb #9425eb44
-def stages_axis(T: int) -> dict: return dict(title=dict(text="tasks learned"), dtick=1 if T <= 12 else None,
-                                             range=[.7, T + .3])
+def stages_axis(T: int) -> dict:
+    "An axis from the first task to the T-th."
+    return dict(title=dict(text="tasks learned"), dtick=1 if T <= 12 else None, range=[.7, T + .3])
 
 
 def over_stages(
