@@ -349,7 +349,7 @@ def test_gradient_cosine_equals_two_backward_passes(ds):
     class Step:
         """What the callback needs of a Learner."""
         index, epoch, iteration, model = 0, 4, 20, net
-        accelerator = type("A", (), dict(unwrap_model=lambda self, m: m))()
+        accelerator = type("A", (), dict(unwrap_model=lambda self, m: m, num_processes=1))()
     record, step = History(), Step()
     step.terms = loss(net(batch["image"]), batch)
     cb = GradientCosineCB(record, "x")

@@ -23,7 +23,7 @@ from .losses import JointLoss
 from .network import NeuralAutoencoder, build_network, evaluating
 from ...train.callbacks import ClipGradientCB, RecordCB
 from ...train.checkpoint import load_checkpoint, save_checkpoint
-from ...train.learner import Learner
+from ...train.learner import Learner, averaged
 from ...train.schedule import ScheduleCB
 
 # %% ../../../nbs/systems/daenr/training.ipynb #473046f9
@@ -52,7 +52,8 @@ class GradientCosineCB:
     def after_loss(self, learner):
         if learner.index or not {"reconstruction", "neural"} <= set(learner.terms): return
         shared = learner.accelerator.unwrap_model(learner.model).shared()
-        self.neural = torch.autograd.grad(learner.terms["neural"], shared, retain_graph=True)
+        grads = torch.autograd.grad(learner.terms["neural"], shared, retain_graph=True)
+        self.neural, = averaged(learner.accelerator, [grads])
 
     def after_backward(self, learner):
         "Log `gradient_cosine`, and `gradient_ratio`: norm of the neural gradient over that of the rest."

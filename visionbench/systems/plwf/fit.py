@@ -70,7 +70,7 @@ def train_member(
     seed, search = replica_seed(config, member.stream, replica), search_of(config)
     done = learn(method_of(config, member), stream_of(config, stream, seed),
                  training_of(config, member.stream, stream), seed,
-                 folder if replica == 0 else None, search)
+                 folder if replica == 0 and run.main else None, search)
     found = written(done, search, replica == 0)
     run.write(f"checkpoints/{member.name}/replica-{replica}.json", json.dumps(found))
     return found
