@@ -1,5 +1,5 @@
 """What several test files need: the checkout, a copy of it to work on, a process with a time limit, the built
-site, Chromium and servers for it."""
+site, and Chromium with servers for it."""
 import contextlib
 import os
 import shutil
@@ -11,17 +11,28 @@ import time
 from pathlib import Path
 from urllib.request import urlopen
 
+import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+DASHBOARDS = ROOT / "nbs" / "dashboards"
 TRACKED = ("settings.ini", "setup.py", "_quarto.yml", "README.md", "nbs", "visionbench")
 os.environ.setdefault("MPLBACKEND", "agg")
+sys.path.insert(0, str(ROOT / "tests"))  # for the modules that several test files share
+pytest.register_assert_rewrite("endtoend", "explorers")
 
 
 def notebooks(folder=ROOT / "nbs"):
     """Every notebook below `folder` that is part of the project."""
     return sorted(p for p in folder.rglob("*.ipynb")
                   if not any(part[0] in "._" for part in p.relative_to(folder).parts))
+
+
+def code_notebook(*sources):
+    """A notebook of code cells, for the kernel under the usual name."""
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    nb.metadata.kernelspec = {"name": "python3", "display_name": "python3", "language": "python"}
+    return nb
 
 
 def copy_tree(to):
@@ -36,20 +47,22 @@ def copy_tree(to):
     return to
 
 
-def run(*command, cwd, timeout=300, check=True, **env):
+def run(*command, cwd, timeout=300, check=True, stderr=subprocess.STDOUT, **env):
     """Run a process of its own on the tree in `cwd`; when it takes longer than `timeout` seconds, end it and
-    its children."""
+    its children. The result's stdout holds the errors too, unless `stderr` is a PIPE."""
     env = {**{k: v for k, v in os.environ.items() if k != "IN_TEST"}, "PYTHONPATH": str(cwd), **env}
     process = subprocess.Popen([str(c) for c in command], cwd=cwd, env=env, text=True,
                                stdin=subprocess.DEVNULL,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+                               stdout=subprocess.PIPE, stderr=stderr, start_new_session=True)
     try:
-        out, _ = process.communicate(timeout=timeout)
+        out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        raise AssertionError(f"{command} took longer than {timeout} s:\n{process.communicate()[0]}") from None
-    assert not check or process.returncode == 0, f"{command} failed with {process.returncode}:\n{out}"
-    return subprocess.CompletedProcess(command, process.returncode, out)
+        out, err = process.communicate()
+        raise AssertionError(f"{command} took longer than {timeout} s:\n{out}{err or ''}") from None
+    done = subprocess.CompletedProcess(command, process.returncode, out, err)
+    assert not check or not done.returncode, f"{command} failed with {done.returncode}:\n{out}{err or ''}"
+    return done
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +74,14 @@ def root():
 def tree(tmp_path):
     """A copy of the checkout that a test may change."""
     return copy_tree(tmp_path)
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    """The run that a file's fixture `run` gives, in a folder of its own, to be damaged."""
+    from visionbench.runs.record import Run
+
+    return Run.open(shutil.copytree(run.path, tmp_path / "runs" / run.path.parent.name / run.path.name))
 
 
 @pytest.fixture(scope="session")
@@ -139,3 +160,72 @@ def serving(command, folder, url, **env):
             server.wait(20)
         except subprocess.TimeoutExpired:
             os.killpg(server.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def voila(name, folder, page, run):
+    """A dashboard of this checkout on the page, served by Voila as one of its gallery, on a run; its server
+    writes to `folder`."""
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    command = [sys.executable, "-m", "voila", str(DASHBOARDS), "--no-browser", f"--port={port}"]
+    with serving(command, folder, f"{url}/", VISIONBENCH_RUN=str(run.path)):
+        page.goto(f"{url}/")
+        page.get_by_text(f"{name}.ipynb").first.wait_for()
+        page.goto(f"{url}/voila/render/{name}.ipynb")
+        yield
+        assert not page.get_by_text("skip_exec").first.is_visible()
+        assert page.locator(".trouble").count() == 0 and not page.thrown
+
+
+@contextlib.contextmanager
+def jupyterlab(notebook, folder, page, run=None):
+    """A copy of a notebook on the page, in JupyterLab, all its cells run, a dashboard on a run; no cell may
+    write to stderr."""
+    pages, port, env = folder / "notebooks", free_port(), {"VISIONBENCH_RUN": str(run.path)} if run else {}
+    pages.mkdir()
+    shutil.copy(notebook, pages)
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}",
+               "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--expose-app-in-browser",
+               f"--ServerApp.root_dir={pages}"]
+    with serving(command, folder, f"http://127.0.0.1:{port}/api", **env):
+        page.goto(f"http://127.0.0.1:{port}/lab/tree/{notebook.name}")
+        page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for()
+        # run-all before the kernel is ready is lost without a word, and a promise that is returned here hangs
+        page.evaluate("""() => {
+            const app = window.jupyterapp, panel = app.shell.currentWidget;
+            panel.sessionContext.ready.then(() => app.commands.execute('notebook:run-all-cells'));
+        }""")
+        yield
+        assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
+        assert page.locator(".trouble").count() == 0 and not page.thrown
+
+
+def drawn(function):
+    """A condition on the one figure of a page, once it is there."""
+    return ("(() => { const gd = document.querySelector('.js-plotly-plot'); "
+            f"return gd && gd.data && gd.layout && ({function})(gd); }})()")
+
+
+def press(page, name, key):
+    """One key on a slider, by its class on the page."""
+    page.locator(f".{name} .noUi-handle").press(key)
+
+
+def written(page, text):
+    """The titles and notes on the figure of a page that hold a text."""
+    return page.locator(".js-plotly-plot .annotation-text", has_text=text)
+
+
+def open_view(page, view, title):
+    """Choose a view of a dashboard, and wait until it is drawn on the one figure there is."""
+    page.get_by_role("button", name=view, exact=True).click()
+    written(page, title).first.wait_for()
+    assert page.locator(".js-plotly-plot").count() == 1 and page.locator(".trouble").count() == 0
+
+
+@contextlib.contextmanager
+def another_picture(page):
+    """What is done in the block changes the first picture of a page."""
+    before = page.locator(".widget-image").first.get_attribute("src")
+    yield
+    page.wait_for_function("old => document.querySelector('.widget-image').src !== old", arg=before)

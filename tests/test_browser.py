@@ -2,13 +2,17 @@
 Chromium."""
 import functools
 import http.server
-import shutil
-import sys
 import threading
 
 import nbformat
 import pytest
-from conftest import ROOT, free_port, page, serving  # noqa: F401  (other files take these from here)
+from conftest import (DASHBOARDS, another_picture, code_notebook, drawn, jupyterlab, open_view, press, voila,
+                      written)
+from explorers import BACKDOOR
+
+from visionbench.systems.backdoor.config import BackdoorConfig
+from visionbench.systems.backdoor.explorer import VIEWS, BackdoorExplorer
+from visionbench.systems.backdoor.fit import fit
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
@@ -45,60 +49,25 @@ def test_a_chapter_shows_signature_source_and_result(page, address):
     assert not page.thrown
 
 
-@pytest.fixture
-def lab(tmp_path):
-    """JupyterLab on a folder with one small notebook, and configuration of its own; ended with its kernels,
-    whatever happens."""
-    folder = tmp_path / "notebooks"
-    folder.mkdir()
-    cells = ["from visionbench.core.config import Config",
-             "answer = 6 * 7\nprint('the bench says', answer, Config.__name__)"]
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
-    nb.metadata.kernelspec = {"name": "python3", "display_name": "python3", "language": "python"}
-    nbformat.write(nb, folder / "small.ipynb")
-    port = free_port()
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}",
-               "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--expose-app-in-browser",
-               f"--ServerApp.root_dir={folder}"]
-    with serving(command, tmp_path, f"http://127.0.0.1:{port}/api"):
-        yield f"http://127.0.0.1:{port}"
-
-
-def test_jupyterlab_runs_a_notebook(page, lab):
-    page.goto(lab + "/lab/tree/small.ipynb")
-    page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for()
-    # run-all before the kernel is ready is lost without a word, and a promise that is returned here hangs
-    page.evaluate("""() => {
-        const app = window.jupyterapp, panel = app.shell.currentWidget;
-        panel.sessionContext.ready.then(() => app.commands.execute('notebook:run-all-cells'));
-    }""")
-    page.locator(".jp-OutputArea-output", has_text="the bench says 42 Config").wait_for()
-    assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
+def test_jupyterlab_runs_a_notebook(page, tmp_path):
+    small = code_notebook("from visionbench.core.config import Config",
+                          "answer = 6 * 7\nprint('the bench says', answer, Config.__name__)")
+    nbformat.write(small, tmp_path / "small.ipynb")
+    with jupyterlab(tmp_path / "small.ipynb", tmp_path, page):
+        page.locator(".jp-OutputArea-output", has_text="the bench says 42 Config").wait_for()
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A dry run of a small network: the dashboard needs a folder, not good numbers."""
-    from visionbench.systems.backdoor.config import BackdoorConfig
-    from visionbench.systems.backdoor.fit import fit
-
-    return fit(BackdoorConfig.start("quick", depth=8, width=4, limit_batches=2, pretrain_epochs=1,
-                                    attacker_epochs=1, inject_epochs=1, victim_epochs=1,
-                                    out=str(tmp_path_factory.mktemp("runs")), device="cpu"))
+    return fit(BackdoorConfig.start("quick", **BACKDOOR, out=str(tmp_path_factory.mktemp("runs"))))
 
 
 def check_dashboard(page, run):
     """Move controls with the keyboard and read from the figure what a reader would see."""
-    from visionbench.systems.backdoor.explorer import VIEWS, BackdoorExplorer
-
-    def drawn(function):
-        return ("(() => { const gd = document.querySelector('.js-plotly-plot'); "
-                f"return gd && gd.data && gd.layout && ({function})(gd); }})()")
-
     expected = BackdoorExplorer(run)
-    page.locator(".js-plotly-plot .annotation-text", has_text="Attack success").wait_for()
+    written(page, "Attack success").wait_for()
     assert page.locator(".js-plotly-plot").count() == 1
-    page.locator(".knob .noUi-handle").press("ArrowLeft")                        # 0.9 → 0.85
+    press(page, "knob", "ArrowLeft")  # 0.9 → 0.85
     page.wait_for_function(
         drawn("gd => gd.layout.shapes.length && Math.abs(gd.layout.shapes[0].x0 - .85) < 1e-9"))
     expected.knob.value = .85
@@ -106,7 +75,7 @@ def check_dashboard(page, run):
             and t["yaxis"] == "y2"][0]
     page.wait_for_function(drawn("gd => gd.data.some(t => t.yaxis === 'y2' && t.mode === 'markers' "
                                  f"&& Math.abs(t.y[0] - {want}) < 1e-9)"))
-    page.locator(".min-exit .noUi-handle").press("ArrowRight")
+    press(page, "min-exit", "ArrowRight")
     expected.start.value = 1
     cost = next(t["y"] for t in expected.draw("Policies")["board"]["data"] if t["type"] == "bar")
     page.wait_for_function(drawn(
@@ -118,46 +87,23 @@ def check_dashboard(page, run):
         "Accuracy, clean", "How far the trigger moves", "Attack success of each output alone",
         "AUROC, triggered", "not been scanned", "Confusion of all exits")))
     for view in (*VIEWS[1:], VIEWS[0]):  # there and back again on the one figure
-        page.get_by_role("button", name=view, exact=True).click()
-        page.locator(".js-plotly-plot .annotation-text", has_text=titles[view]).first.wait_for()
-        assert page.locator(".trouble").count() == 0
+        open_view(page, view, titles[view])
     page.get_by_role("button", name="One image", exact=True).click()
     page.wait_for_function("[...document.querySelectorAll('.widget-image')]"
                            ".filter(i => i.naturalWidth > 200).length === 2")
-    before = page.locator(".widget-image").first.get_attribute("src")
-    page.locator(".trigger input").click()
-    page.wait_for_function("old => document.querySelector('.widget-image').src !== old", arg=before)
+    with another_picture(page):
+        page.locator(".trigger input").click()
     page.wait_for_function(drawn(
         "gd => { const c = gd.data.find(t => t.name === 'relative change of the features'); "
         "return c && c.y.every(v => v === 0); }"))
 
 
 def test_voila_serves_the_dashboard(page, finished, tmp_path):
-    port = free_port()
-    command = [sys.executable, "-m", "voila", str(ROOT / "nbs" / "dashboards"), "--no-browser",
-               f"--port={port}"]
-    with serving(command, tmp_path, f"http://127.0.0.1:{port}/", VISIONBENCH_RUN=str(finished.path)):
-        page.goto(f"http://127.0.0.1:{port}/")
-        page.get_by_text("backdoor.ipynb").first.wait_for()                      # the gallery
-        page.goto(f"http://127.0.0.1:{port}/voila/render/backdoor.ipynb")
+    with voila("backdoor", tmp_path, page, finished):
         check_dashboard(page, finished)
         assert page.get_by_text("Threat simulation").count() == 1
-        assert not page.get_by_text("skip_exec").first.is_visible()
 
 
 def test_jupyterlab_runs_the_dashboard(page, finished, tmp_path):
-    folder, port = tmp_path / "notebooks", free_port()
-    folder.mkdir()
-    shutil.copy(ROOT / "nbs" / "dashboards" / "backdoor.ipynb", folder)
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}",
-               "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--expose-app-in-browser",
-               f"--ServerApp.root_dir={folder}"]
-    with serving(command, tmp_path, f"http://127.0.0.1:{port}/api", VISIONBENCH_RUN=str(finished.path)):
-        page.goto(f"http://127.0.0.1:{port}/lab/tree/backdoor.ipynb")
-        page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for()
-        page.evaluate("""() => {
-            const app = window.jupyterapp, panel = app.shell.currentWidget;
-            panel.sessionContext.ready.then(() => app.commands.execute('notebook:run-all-cells'));
-        }""")
+    with jupyterlab(DASHBOARDS / "backdoor.ipynb", tmp_path, page, finished):
         check_dashboard(page, finished)
-        assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").count() == 0

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urldefrag
 import nbformat
 import pytest
 import yaml
-from conftest import ROOT, notebooks, run
+from conftest import ROOT, code_notebook, notebooks, run
 
 from visionbench import docs
 
@@ -180,7 +180,7 @@ def test_executing_a_failing_notebook_leaves_it_as_it_was(tmp_path):
     from nbclient.exceptions import CellExecutionError
 
     path = tmp_path / "wrong.ipynb"
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")]), path)
+    nbformat.write(code_notebook("1 / 0"), path)
     before = path.read_bytes()
     with pytest.raises(CellExecutionError, match="ZeroDivisionError"):
         docs.execute_notebooks([path])

@@ -1,19 +1,18 @@
 """Dashboards without a browser: what a control's value does to the figure, how long that takes, and what
 happens when a run lacks something."""
-import json
 import shutil
 import time
 import warnings
+from functools import partial
 
-import nbformat
 import pandas as pd
-import plotly.graph_objects as go
 import pytest
 import torch
-from conftest import ROOT
+from explorers import (BACKDOOR, change_settings, check_drawing, classes, follow, notes, open_dashboard,
+                       seconds)
 
 from visionbench.nn.sweeps import RULES, STEPS
-from visionbench.runs.record import Run, RunError
+from visionbench.runs.record import RunError
 from visionbench.systems.backdoor.cached import CachedNet, cached_logits
 from visionbench.systems.backdoor.cards import read_scan, write_scan
 from visionbench.systems.backdoor.config import BackdoorConfig
@@ -30,21 +29,12 @@ from visionbench.view.panels import figure
 def run(tmp_path_factory):
     """A dry run of a small network with three exits: one epoch of two batches a stage, judged on all 1,000
     test images."""
-    out = tmp_path_factory.mktemp("runs")
-    return fit(BackdoorConfig.start("quick", depth=8, width=4, limit_batches=2, pretrain_epochs=1,
-                                    attacker_epochs=1, inject_epochs=1, victim_epochs=1, victims=2,
-                                    out=str(out), device="cpu"))
+    return fit(BackdoorConfig.start("quick", **BACKDOOR, victims=2, out=str(tmp_path_factory.mktemp("runs"))))
 
 
 @pytest.fixture
 def explorer(run):
     return BackdoorExplorer(run)
-
-
-@pytest.fixture
-def copy(run, tmp_path):
-    """The run in a folder of its own, to be damaged."""
-    return Run.open(shutil.copytree(run.path, tmp_path / "copy"))
 
 
 def marks(board, axis):
@@ -55,10 +45,7 @@ def marks(board, axis):
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_every_view_is_a_figure_of_plain_data(explorer, view):
-    shown = explorer.draw(view)
-    assert isinstance(figure(shown["board"]), go.Figure)          # plotly knows every setting
-    assert json.loads(json.dumps(shown["board"])) == shown["board"]
-    assert all(picture.startswith(b"\x89PNG") for picture in shown.get("images", []))
+    check_drawing(explorer.draw(view))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -120,32 +107,20 @@ def test_trigger_controls(explorer):
     explorer.trigger.value = False
     assert full > faint > change() == 0
     explorer.trigger.value, explorer.opacity.value = True, 1.
-    explorer.row.value = explorer.column.value = explorer.row.max        # kept inside the image
+    explorer.row.value = explorer.column.value = explorer.row.max  # kept inside the image
     explorer.size.value = 15
     assert change() > 0
 
 
 def test_a_page_has_one_interactive_figure_and_follows_its_controls(explorer):
-    def widgets(w):
-        yield w
-        for child in getattr(w, "children", ()):
-            yield from widgets(child)
-
-    box = explorer.show()
-    figures = [w for w in widgets(box) if isinstance(w, go.FigureWidget)]
-    assert len(figures) == 1
-    for view in VIEWS:
-        explorer.page.view.value = view
-        assert len(figures[0].data) == len(explorer.draw(view)["board"]["data"])
-        assert figures[0].layout.height == explorer.draw(view)["board"]["layout"]["height"]
+    box, canvas = follow(explorer, VIEWS)
     explorer.page.view.value = "Policies"
     explorer.knob.value = .5
-    assert figures[0].layout.shapes[0].x0 == .5
+    assert canvas.layout.shapes[0].x0 == .5
     explorer.policy.value = "patience"
-    assert figures[0].layout.xaxis.title.text == explorer.knob.description == "repetitions P"
-    assert tuple(figures[0].data[0].x) == (1, 2, 3)
-    names = {c for w in widgets(box) for c in w._dom_classes}
-    assert {"view", "net", "policy", "knob", "min-exit"} <= names
+    assert canvas.layout.xaxis.title.text == explorer.knob.description == "repetitions P"
+    assert tuple(canvas.data[0].x) == (1, 2, 3)
+    assert {"view", "net", "policy", "knob", "min-exit"} <= classes(box)
 
 
 def test_one_broken_view_leaves_the_others_alone(copy):
@@ -163,13 +138,13 @@ def test_what_cannot_be_opened(copy, tmp_path):
     with pytest.raises(RunError, match="no run folder"):
         BackdoorExplorer(tmp_path)
     settings = copy.settings
-    (copy.path / "settings.json").write_text(json.dumps(settings | {"wings": 2}))
+    change_settings(copy, settings | {"wings": 2})
     with pytest.raises(RunError, match="does not know: wings"):
         BackdoorExplorer(copy)
-    (copy.path / "settings.json").write_text(json.dumps(settings | {"system": "mar"}))
+    change_settings(copy, settings | {"system": "mar"})
     with pytest.raises(RunError, match="run of 'mar'"):
         BackdoorExplorer(copy)
-    (copy.path / "settings.json").write_text(json.dumps(settings))
+    change_settings(copy, settings)
     for path in copy.path.glob("logits-*"):
         path.unlink()
     with pytest.raises(RunError, match="holds no logits"):
@@ -177,7 +152,7 @@ def test_what_cannot_be_opened(copy, tmp_path):
 
 
 def test_weights_of_another_network_are_refused(copy):
-    (copy.path / "settings.json").write_text(json.dumps(copy.settings | {"width": 8}))
+    change_settings(copy, copy.settings | {"width": 8})
     with pytest.raises(RunError, match="do not fit the settings"):
         load_nets(copy)
 
@@ -187,7 +162,7 @@ def test_a_simulation_says_what_it_is(run):
         nets = load_nets(run, 1)
     assert len(nets.warnings) == 1 and not nets.clean.training
     with warnings.catch_warnings():
-        warnings.simplefilter("error")                                  # on the page the banner says it
+        warnings.simplefilter("error")  # on the page the banner says it
         explorer = BackdoorExplorer(run)
         explorer.draw("One image")
     assert "Threat simulation" in explorer.material.title and "not for use" in explorer.material.title
@@ -224,7 +199,7 @@ def test_defences_of_the_run_are_shown(explorer, run):
     recorded = rows[["vanilla", "exit 0", "exit 1", "exit 2"]].tolist()
     assert heat["z"][heat_rows(explorer).index("STRIP")][:4] == pytest.approx(recorded)
     explorer.number.value = "asr_change"
-    assert "checks=all" in str(explorer.draw("Defences")["board"]["layout"]["annotations"])
+    assert "checks=all" in notes(explorer.draw("Defences"))
 
 
 def heat_rows(explorer):
@@ -232,23 +207,12 @@ def heat_rows(explorer):
 
 
 def test_strip_appears_when_computed(explorer):
-    assert "Compute STRIP" in str(explorer.draw("Monitors")["board"]["layout"]["annotations"])
+    assert "Compute STRIP" in notes(explorer.draw("Monitors"))
     explorer.material.strip(*explorer.net.value, n=20, blends=4)
     explorer.show()
     assert explorer.blend.description == "Compute STRIP"
-    explorer.blend.click()                                              # kept, not computed again
-    assert "STRIP on the vanilla output" in str(explorer.draw("Monitors")["board"]["layout"]["annotations"])
-
-
-def seconds(control, values, draw):
-    """Median time of a move: a control's value to new figure data."""
-    took = []
-    for v in values:
-        began = time.perf_counter()
-        control.value = v
-        draw()
-        took.append(time.perf_counter() - began)
-    return sorted(took)[len(took) // 2]
+    explorer.blend.click()  # kept, not computed again
+    assert "STRIP on the vanilla output" in notes(explorer.draw("Monitors"))
 
 
 def test_a_move_takes_less_than_a_tenth_of_a_second(explorer, capsys):
@@ -258,8 +222,7 @@ def test_a_move_takes_less_than_a_tenth_of_a_second(explorer, capsys):
                           ("One image", explorer.image), ("One image", explorer.row)):
         explorer.page.view.value = view
         values = explorer.values if control is explorer.knob else range(control.min, min(control.max, 12) + 1)
-        # the page draws by itself
-        moves[view, control._dom_classes[-1]] = seconds(control, values, lambda: None)
+        moves[view, control._dom_classes[-1]] = seconds(partial(setattr, control, "value"), values)
     with capsys.disabled():
         print("\nseconds a move, page included:", {" ".join(k): round(v, 4) for k, v in moves.items()})
     assert max(moves.values()) < .1, moves
@@ -284,15 +247,5 @@ def test_published_scale_stays_interactive(capsys):
 
 
 def test_the_dashboard_notebook(run, monkeypatch):
-    """Three cells: imports, the run that the environment names, and the page."""
-    nb = nbformat.read(ROOT / "nbs" / "dashboards" / "backdoor.ipynb", 4)
-    code = [c.source for c in nb.cells if c.cell_type == "code"]
-    assert len(code) == 3 and "skip_exec: true" in nb.cells[0].source
-    assert "skip_showdoc: true" in nb.cells[0].source
-    assert not any(c.outputs for c in nb.cells if c.cell_type == "code") and "widgets" not in nb.metadata
-    monkeypatch.setenv("VISIONBENCH_RUN", str(run.path))
-    space = {}
-    for source in code[:2]:
-        exec(source, space)
-    assert space["explorer"].material.run.path == run.path
-    assert len(eval(code[2], space).children) == 6
+    explorer = open_dashboard("backdoor", run, monkeypatch)
+    assert explorer.material.run.path == run.path

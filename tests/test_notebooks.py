@@ -5,7 +5,7 @@ import sys
 import warnings
 
 import pytest
-from conftest import ROOT, notebooks
+from conftest import ROOT, code_notebook, notebooks
 
 FILES = [pytest.param(path, id=path.relative_to(ROOT / "nbs").with_suffix("").as_posix())
          for path in notebooks()]
@@ -50,7 +50,7 @@ def test_a_failing_notebook_is_found(tmp_path, clean_process, capfd):
     for source, passes in (("assert 1 == 2", False), ("#| gpu\nassert 1 == 2", True),
                            ("#| eval: false\nassert 1 == 2", True)):
         path = tmp_path / "wrong.ipynb"
-        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]), path)
+        nbformat.write(code_notebook(source), path)
         assert run_notebook(path, skip_flags=["gpu"])[0] is passes, source
 
 

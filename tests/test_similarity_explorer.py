@@ -1,16 +1,15 @@
 """The similarity explorer without a browser: what a control's value does, what linked hover moves, what is
 said when a run lacks something."""
-import json
 import shutil
 import time
+from functools import partial
 from types import SimpleNamespace
 
-import nbformat
 import numpy as np
-import plotly.graph_objects as go
 import pytest
 import torch
-from conftest import ROOT
+from explorers import (BACKDOOR, DAENR, change_settings, check_drawing, classes, follow, notes,
+                       open_dashboard, seconds)
 
 from visionbench.runs.record import Run, RunError
 from visionbench.similarity.cka import cka
@@ -32,11 +31,8 @@ def folder(tmp_path_factory):
     """Two dry seeds of daenr with two taps and two weights, and a dry run of another system."""
     out = tmp_path_factory.mktemp("runs")
     for seed in (0, 1):
-        fit(DaenrConfig.start("quick", images=48, neurons=10, test_images=16, repeats=4, unseen=24, epochs=2,
-                              limit_batches=2, latent=16, taps=(2, 3), seed=seed, out=str(out), device="cpu"))
-    fit_backdoor(BackdoorConfig.start("quick", depth=8, width=4, limit_batches=2, pretrain_epochs=1,
-                                      attacker_epochs=1, inject_epochs=1, victim_epochs=1, out=str(out),
-                                      device="cpu"))
+        fit(DaenrConfig.start("quick", **DAENR, taps=(2, 3), seed=seed, out=str(out)))
+    fit_backdoor(BackdoorConfig.start("quick", **BACKDOOR, out=str(out)))
     return out
 
 
@@ -58,15 +54,9 @@ def explorer(run, computed):
     return made
 
 
-@pytest.fixture
-def copy(run, tmp_path):
-    """One run in a folder of its own, to be damaged."""
-    return Run.open(shutil.copytree(run.path, tmp_path / "runs" / "daenr" / run.path.name))
-
-
 def said(shown):
     """Everything that is written on a view."""
-    return shown.get("text", "") + str(shown["board"]["layout"]["annotations"]).replace("<br>", " ")
+    return shown.get("text", "") + notes(shown)
 
 
 def other_system(explorer):
@@ -81,9 +71,8 @@ def both_seeds(run):
 @pytest.mark.parametrize("view", VIEWS)
 def test_every_view_is_a_figure_of_plain_data(explorer, view):
     shown = explorer.draw(view)
-    assert shown["board"]["data"] and isinstance(figure(shown["board"]), go.Figure)  # every setting is known
-    assert json.loads(json.dumps(shown["board"])) == shown["board"]
-    assert all(picture.startswith(b"\x89PNG") for picture in shown.get("images", []))
+    check_drawing(shown)
+    assert shown["board"]["data"]
 
 
 def test_scores_of_pictures_are_what_the_run_recorded(explorer, run):
@@ -210,21 +199,9 @@ def test_each_measure_has_its_band_where_it_has_a_ceiling(explorer, measure):
 
 
 def test_linked_hover_and_click_on_the_page(explorer):
-    def widgets(w):
-        yield w
-        for child in getattr(w, "children", ()):
-            yield from widgets(child)
-
-    box = explorer.show()
-    figures = [w for w in widgets(box) if isinstance(w, go.FigureWidget)]
-    assert len(figures) == 1
-    for view in VIEWS:
-        explorer.page.view.value = view
-        drawn = explorer.draw(view)["board"]
-        assert len(figures[0].data) == len(drawn["data"])
-        assert len(figures[0].layout.images) == len(drawn["layout"]["images"])
+    box, canvas = follow(explorer, VIEWS)
     explorer.page.view.value = "Similarity"
-    canvas, picture = figures[0], explorer.page.images.children[0]
+    picture = explorer.page.images.children[0]
     first, old = [t for t in canvas.data if t.meta == "rdm"], picture.value
     first[1]._dispatch_on_hover(SimpleNamespace(xs=[9], ys=[4], point_inds=[[4, 9]]), None)
     frames = [list(t.x[:2]) for t in canvas.data if t.meta == "pair"]
@@ -237,8 +214,8 @@ def test_linked_hover_and_click_on_the_page(explorer):
     heat = next(t for t in canvas.data if t.meta == "cka")
     heat._dispatch_on_click(SimpleNamespace(xs=[0], ys=[1], point_inds=[[1, 0]]), None)
     assert explorer.comparison.b.layer.value == "pixels" and "B pixels" in str(canvas.layout.annotations)
-    names = {c for w in widgets(box) for c in w._dom_classes}
-    assert {"view", "run-a", "net-b", "stimuli", "n", "estimator", "layer-a", "only-b", "measure"} <= names
+    assert classes(box) >= {"view", "run-a", "net-b", "stimuli", "n", "estimator", "layer-a", "only-b",
+                            "measure"}
 
 
 def test_another_run_brings_its_networks_without_drawing_twice(explorer, monkeypatch):
@@ -271,7 +248,7 @@ def test_what_a_run_lacks_is_said_and_leaves_other_views_alone(copy):
         assert "no usable checkpoint of ae" in said(explorer.draw(view))
     assert explorer.draw("Trade-off")["board"]["data"]
     assert "An interval needs more" in explorer.draw("Taps")["text"]
-    (copy.path / "settings.json").write_text(json.dumps(copy.settings | {"wings": 2}))
+    change_settings(copy, copy.settings | {"wings": 2})
     assert "does not know: wings" in said(SimilarityExplorer(copy).draw("Trade-off"))
 
 
@@ -279,7 +256,7 @@ def test_what_a_run_lacks_is_said_and_leaves_other_views_alone(copy):
     (["nr"], "Stimulus", "neural predictors only"), (["nr"], "Trade-off", "No joint network"),
     (["ae"], "Trade-off", "No joint network")])
 def test_runs_of_few_variants(copy, variants, view, words):
-    (copy.path / "settings.json").write_text(json.dumps(copy.settings | {"variants": variants}))
+    change_settings(copy, copy.settings | {"variants": variants})
     rows = copy.metrics
     few = rows[rows.variant.isin([*variants, "pca", "random"]).fillna(False)]
     few.to_parquet(copy.path / "metrics.parquet")
@@ -312,7 +289,7 @@ def test_a_layer_that_leaves_one_stimulus_blank(folder):
     assert "correlation distance is not defined" in said(shown)
     assert "RSA, Spearman is left out" in shown["text"]
     explorer.comparison.metric.value = "euclidean"
-    assert "not defined" not in str(explorer.draw("Similarity")["board"]["layout"]["annotations"])
+    assert "not defined" not in notes(explorer.draw("Similarity"))
 
 
 def test_nothing_is_computed_twice(folder):
@@ -322,43 +299,25 @@ def test_nothing_is_computed_twice(folder):
     assert bench.sweep(name) is bench.sweep(bench.ours[1])  # two seeds of the same settings
 
 
-def seconds(control, indices):
-    """Processor time of a move while the page draws by itself, once everything has been computed."""
-    for _ in range(2):
-        took = []
-        for k in indices:
-            began = time.process_time()
-            control.index = k
-            took.append(time.process_time() - began)
-    return sorted(took)[len(took) // 2]
-
-
 def test_a_move_takes_less_than_a_tenth_of_a_second(explorer, capsys):
     explorer.show()
     view = explorer.comparison
     moves = {}
     choices = ([explorer.second], [explorer.reader, explorer.number], [explorer.weight, explorer.score],
                [view.n, view.estimator, view.metric, view.a.layer, view.measure], [explorer.similar])
-    for title, controls in zip(VIEWS, choices):
-        explorer.page.view.value = title
-        for control in controls:
-            moves[title, control._dom_classes[-1]] = seconds(control, range(min(len(control.options), 6)))
     sliders = ("Stimulus", explorer.image), ("Stimulus", explorer.axis), ("Neurons", explorer.rank)
-    for title, control in sliders:
-        explorer.page.view.value = title
-        took = []
-        for v in [*range(1, 9)] * 2:
-            began = time.process_time()
-            control.value = v
-            took.append(time.process_time() - began)
-        moves[title, control._dom_classes[-1]] = sorted(took[8:])[4]
+    for title, control in (*((t, c) for t, those in zip(VIEWS, choices) for c in those), *sliders):
+        explorer.page.view.value = title  # brings the options
+        chosen = hasattr(control, "options")
+        values = range(min(len(control.options), 6)) if chosen else range(1, 9)
+        for _ in range(2):  # the first round computes
+            took = seconds(partial(setattr, control, "index" if chosen else "value"), values,
+                           time.process_time)
+        moves[title, control._dom_classes[-1]] = took
     explorer.page.view.value = "Similarity"
-    rdm_trace, took = next(t for t in explorer.page.canvas.figure.data if t.meta == "rdm"), []
-    for i in range(8):
-        began = time.process_time()
-        rdm_trace._dispatch_on_hover(SimpleNamespace(xs=[i], ys=[i + 2], point_inds=[[i + 2, i]]), None)
-        took.append(time.process_time() - began)
-    moves["Similarity", "hover"] = sorted(took)[4]
+    matrix = next(t for t in explorer.page.canvas.figure.data if t.meta == "rdm")
+    moves["Similarity", "hover"] = seconds(lambda i: matrix._dispatch_on_hover(
+        SimpleNamespace(xs=[i], ys=[i + 2], point_inds=[[i + 2, i]]), None), range(8), time.process_time)
     with capsys.disabled():
         told = {" ".join(k): round(v, 4) for k, v in moves.items()}
         print("\nprocessor seconds a move, page included:", told)
@@ -366,16 +325,5 @@ def test_a_move_takes_less_than_a_tenth_of_a_second(explorer, capsys):
 
 
 def test_the_dashboard_notebook(run, monkeypatch):
-    """Three cells: imports, the run that the environment names, and the page."""
-    nb = nbformat.read(ROOT / "nbs" / "dashboards" / "similarity.ipynb", 4)
-    code = [c.source for c in nb.cells if c.cell_type == "code"]
-    assert len(code) == 3
-    assert "skip_exec: true" in nb.cells[0].source and "skip_showdoc: true" in nb.cells[0].source
-    assert not any(c.outputs for c in nb.cells if c.cell_type == "code") and "widgets" not in nb.metadata
-    monkeypatch.setenv("VISIONBENCH_RUN", str(run.path))
-    space = {}
-    for source in code[:2]:
-        exec(source, space)
-    bench = space["explorer"].bench
+    bench = open_dashboard("similarity", run, monkeypatch).bench
     assert bench.runs[bench.start].path == run.path and len(bench.runs) == 3
-    assert len(eval(code[2], space).children) == 6

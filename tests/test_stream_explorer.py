@@ -1,16 +1,13 @@
 """The stream explorer without a browser: what controls do, how fast, and what a run may lack."""
-import json
 import math
 import shutil
-import time
+from functools import partial
 
-import nbformat
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 import pytest
 import torch
-from conftest import ROOT
+from explorers import PLWF, change_settings, check_drawing, follow, notes, open_dashboard, seconds
 
 from visionbench.metrics.continual import forgetting, learning_accuracy
 from visionbench.runs.record import Run, RunError
@@ -26,26 +23,17 @@ from visionbench.systems.plwf.tug import arrows
 from visionbench.view.panels import figure
 
 CREDIT, LWF, FINE, JOINT = (f"digits-seen-{m}" for m in ("plwf+credit-2", "lwf-2", "fine-tune", "joint"))
-TINY = dict(networks=("mlp",), hidden=16, epochs=(1,), replicas=2, lams=(.5, 2.), device="cpu")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Seconds of training on the 8×8 digits: two λ, two replicas."""
-    return fit(PlwfConfig.start("quick", streams=("digits",),
-                                methods=("fine-tune", "lwf", "plwf+credit", "joint"),
-                                local_methods=("lwf",), out=str(tmp_path_factory.mktemp("runs")), **TINY))
+    return fit(PlwfConfig.start("quick", **PLWF, out=str(tmp_path_factory.mktemp("runs"))))
 
 
 @pytest.fixture
 def explorer(run):
     return StreamExplorer(run)
-
-
-@pytest.fixture
-def copy(run, tmp_path):
-    """The run in a folder of its own, to be damaged."""
-    return Run.open(shutil.copytree(run.path, tmp_path / "copy"))
 
 
 def rewrite(run, rows):
@@ -60,17 +48,11 @@ def member_rows(run, name):
     return rows[(rows["name"] == name) & (rows.method == "plwf+credit") & (rows.lam == 2)]
 
 
-def notes(shown):
-    """Everything written on a figure."""
-    return " ".join(a["text"] for a in shown["board"]["layout"]["annotations"])
-
-
 @pytest.mark.parametrize("view", VIEWS)
 def test_every_view_is_a_figure_of_plain_data(explorer, view):
     shown = explorer.draw(view)
-    assert isinstance(figure(shown["board"]), go.Figure) and shown["board"]["data"]
-    assert json.loads(json.dumps(shown["board"])) == shown["board"]
-    assert all(picture.startswith(b"\x89PNG") for picture in shown.get("images", []))
+    check_drawing(shown)
+    assert shown["board"]["data"]
 
 
 def test_every_member_in_every_view(explorer):
@@ -125,8 +107,8 @@ def test_arrows_are_the_projection(cosine, new, old):
     a = min(0., cosine * new * old) / old**2 if old else 0.
     found = {k: np.array(v) for k, v in arrows(cosine, new, old, a).items()}
     g_n, g_o, kept, update = (found[k] for k in ("g_n, new", "g_o, old", "g_n projected", "update"))
-    assert math.isclose(np.linalg.norm(g_n), new,
-                        abs_tol=1e-12) and np.allclose(update, g_n + (1 + abs(a)) * g_o)
+    assert math.isclose(np.linalg.norm(g_n), new, abs_tol=1e-12)
+    assert np.allclose(update, g_n + (1 + abs(a)) * g_o)
     assert kept @ g_o >= -1e-12 and (cosine >= 0 or abs(kept @ g_o) < 1e-12)
 
 
@@ -152,8 +134,8 @@ def test_the_target_is_the_one_that_was_trained_on(explorer, teachers, temperatu
         real = KnowledgeSpace(c.snapshots(CREDIT)[:t], c.stream("digits").bounds, temperature,
                               teachers=teachers).prepare(images)
         shown = knowledge(c, CREDIT, t, temperature, teachers)
-        assert torch.allclose(shown.P[:, :real.P.shape[1]], real.P,
-                              atol=1e-5) and not shown.P[:, real.P.shape[1]:].any()
+        assert torch.allclose(shown.P[:, :real.P.shape[1]], real.P, atol=1e-5)
+        assert not shown.P[:, real.P.shape[1]:].any()
 
 
 def test_kl_by_hand(explorer):
@@ -174,8 +156,7 @@ def test_confusion_by_hand_and_against_the_run(explorer):
 
 
 def test_costs_by_hand(explorer):
-    book = ledger(explorer.cached,
-                  CREDIT)                          # 240 images a task, one epoch, two classes a task
+    book = ledger(explorer.cached, CREDIT)  # 240 images a task, one epoch, two classes a task
     assert book.forwards.tolist() == book.naive_forwards.tolist() == [0, 240, 480, 720, 960]
     assert book.cache_bytes.tolist() == [0, *[960 * (2 * k + 1) for k in (1, 2, 3, 4)]]
     assert book.apart_bytes.tolist() == [k * b for k, b in enumerate(book.cache_bytes)]
@@ -193,10 +174,9 @@ def test_drift_is_cka_of_snapshots(explorer):
 
 
 def test_another_stream_brings_its_own_members_and_images(tmp_path):
-    config = PlwfConfig.start("quick", streams=("digits", "glyphs"), increments=(5, 25),
-                              methods=("lwf", "plwf+credit"), local_methods=(),
-                              out=str(tmp_path), **TINY | dict(replicas=1, lams=(2.,)))
-    explorer = StreamExplorer(fit(config))
+    two = dict(streams=("digits", "glyphs"), increments=(5, 25), methods=("lwf", "plwf+credit"),
+               local_methods=(), replicas=1, lams=(2.,))
+    explorer = StreamExplorer(fit(PlwfConfig.start("quick", **PLWF | two, out=str(tmp_path))))
     explorer.show()
     assert [v for _, v in explorer.member.options] == ["digits-seen-lwf-2", "digits-seen-plwf+credit-2"]
     assert explorer.image.max == 539
@@ -209,22 +189,10 @@ def test_another_stream_brings_its_own_members_and_images(tmp_path):
 
 
 def test_a_page_has_one_interactive_figure_and_follows_its_controls(explorer):
-    def widgets(w):
-        yield w
-        for child in getattr(w, "children", ()):
-            yield from widgets(child)
-
-    box = explorer.show()
-    figures = [w for w in widgets(box) if isinstance(w, go.FigureWidget)]
-    assert len(figures) == 1
-    for view in (*VIEWS, *VIEWS[::-1]):
-        explorer.page.view.value = view
-        shown = explorer.draw(view)["board"]
-        assert len(figures[0].data) == len(shown["data"])
-        assert figures[0].layout.height == shown["layout"]["height"]
+    _, canvas = follow(explorer, VIEWS)
     explorer.page.view.value = "Accuracy"
     explorer.member.value = FINE
-    assert figures[0].data[0].z[0][0] == 100 * explorer.cached.matrix(FINE)[:, -1, 0].mean()
+    assert canvas.data[0].z[0][0] == 100 * explorer.cached.matrix(FINE)[:, -1, 0].mean()
 
 
 def test_networks_that_are_gone_leave_the_other_views_alone(copy):
@@ -276,55 +244,35 @@ def test_what_cannot_be_opened(copy, tmp_path):
     settings = copy.settings
     for change, message in ((dict(wings=2), "does not know: wings"),
                             (dict(system="backdoor"), "run of 'backdoor'")):
-        (copy.path / "settings.json").write_text(json.dumps(settings | change))
+        change_settings(copy, settings | change)
         with pytest.raises(RunError, match=message):
             StreamExplorer(copy)
-    (copy.path / "settings.json").write_text(json.dumps(settings))
+    change_settings(copy, settings)
     rows = pd.DataFrame([dict(stage="cost", name="train", value=1.)])
     rows.to_parquet(copy.path / "metrics.parquet")
     with pytest.raises(RunError, match="holds no accuracies yet"):
         StreamExplorer(copy)
 
 
-def seconds(control, values):
-    """Median time of a move: a control's value to new figure data, page included."""
-    took = []
-    for v in values:
-        began = time.perf_counter()
-        control.value = v
-        took.append(time.perf_counter() - began)
-    return sorted(took)[len(took) // 2]
-
-
 def test_a_move_takes_less_than_a_tenth_of_a_second(explorer, capsys):
     explorer.show()
     moves = {}
     for view, control in (("Tasks over stages", explorer.task), ("Conflict", explorer.step),
-                          ("Knowledge space", explorer.image),
-                          ("Knowledge space", explorer.stage), ("Confusion", explorer.stage),
-                          ("Drift", explorer.task)):
+                          ("Knowledge space", explorer.image), ("Knowledge space", explorer.stage),
+                          ("Confusion", explorer.stage), ("Drift", explorer.task)):
         explorer.page.view.value = view
         values = range(control.min, min(control.max, control.min + 12) + 1)
-        if view == "Drift": seconds(control,
-                                    values)                                     # the first look computes
-        moves[view, control._dom_classes[-1]] = seconds(control, values)
+        move = partial(setattr, control, "value")
+        if view == "Drift":
+            seconds(move, values)  # the first look computes
+        moves[view, control._dom_classes[-1]] = seconds(move, values)
     with capsys.disabled():
         print("\nseconds a move, page included:", {" ".join(k): round(v, 4) for k, v in moves.items()})
     assert max(moves.values()) < .1, moves
 
 
 def test_the_dashboard_notebook(run, monkeypatch):
-    """Three cells: imports, the run that the environment names, and the page."""
-    nb = nbformat.read(ROOT / "nbs" / "dashboards" / "plwf.ipynb", 4)
-    code = [c.source for c in nb.cells if c.cell_type == "code"]
-    assert len(code) == 3 and all(f"{w}: true" in nb.cells[0].source for w in ("skip_exec", "skip_showdoc"))
-    assert not any(c.outputs for c in nb.cells if c.cell_type == "code") and "widgets" not in nb.metadata
-    monkeypatch.setenv("VISIONBENCH_RUN", str(run.path))
-    space = {}
-    for source in code[:2]:
-        exec(source, space)
-    assert space["explorer"].cached.run.path == run.path
-    assert len(eval(code[2], space).children) == 6
+    assert open_dashboard("plwf", run, monkeypatch).cached.run.path == run.path
 
 
 def test_a_run_is_read_once(run):

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import nbformat
 import psutil
+from conftest import ROOT, code_notebook
 from typer.testing import CliRunner
 
 from visionbench import cli
 from visionbench.runs import execute
-
-ROOT = Path(__file__).resolve().parent.parent
 
 CONFIG = '''
 from dataclasses import dataclass
@@ -158,19 +157,20 @@ class Toy:
 
     def write_notebook(self, *cells, parameters=PARAMETERS, tags=("parameters",)):
         """Write toy.ipynb: parameters, then the usual cells or `cells`."""
-        nb = nbformat.v4.new_notebook(
-            cells=[nbformat.v4.new_code_cell(c) for c in (parameters, *(cells or CELLS))])
+        nb = code_notebook(parameters, *(cells or CELLS))
         nb.cells[0].metadata.tags = list(tags)
-        nb.metadata.kernelspec = {"name": "python3", "display_name": "python3", "language": "python"}
         nbformat.write(nb, self.folder / "toy.ipynb")
 
     def start(self, *words, **env):
         """Start a command in a process group of its own."""
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(self.folder), str(ROOT)]),
                "OMP_NUM_THREADS": "1", **env}
+        # what a shell without job control starts in the background ignores Ctrl-C, and so do its children
+        hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         return subprocess.Popen([sys.executable, str(self.folder / "drive.py"), *map(str, words)],
                                 cwd=self.folder, env=env, text=True, stdin=subprocess.DEVNULL,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                                preexec_fn=hear)
 
     def call(self, *words, timeout=120, **env):
         """Run a command to its end; the result has returncode, stdout and stderr."""

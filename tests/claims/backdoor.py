@@ -2,16 +2,13 @@
 killed run that goes on."""
 import json
 import math
-import os
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pandas as pd
 import pytest
+from endtoend import check_records, resumed, same_tensors
 from safetensors.torch import load_file
 
 from visionbench.data.fixtures import (write_cifar10_fixture, write_gtsrb_fixture, write_svhn_fixture,
@@ -21,10 +18,7 @@ from visionbench.runs.record import Run
 from visionbench.systems.backdoor.claims import CLAIMS, PUBLISHED
 from visionbench.systems.backdoor.config import TARGETS, BackdoorConfig
 from visionbench.systems.backdoor.fit import fit
-from visionbench.train.checkpoint import digest
 
-ROOT = Path(__file__).resolve().parents[2]
-FIELDS = ["system", "name", "source", "statement", "published", "measured", "sd", "seeds", "holds"]
 SMALL_SCALE = [c.name for c in CLAIMS if c.name.split("_")[0] not in PUBLISHED]
 TRAINED = ["pretrain", "attacker-exits", "inject", "victim-0-clean", "victim-0-simulated"]
 STAGES = [*TRAINED, "evaluate", "defence"]
@@ -66,14 +60,9 @@ def test_time_is_measured(quick):
 
 
 @pytest.mark.slow
-def test_records_have_exactly_the_fixed_keys(quick):
-    assert [c["name"] for c in quick.claims] == [c.name for c in CLAIMS]
-    assert len({c.name for c in CLAIMS}) == len(CLAIMS) == 28
-    for record, claim in zip(quick.claims, CLAIMS):
-        assert list(record) == FIELDS and record["system"] == "backdoor" and record["source"]
-        assert record["statement"] == claim.statement
-        assert record["holds"] in (True, False, None) and record["sd"] is None
-        assert record["seeds"] == ([] if record["holds"] is None else [0])
+def test_records(quick):
+    check_records(quick, CLAIMS)
+    assert len(CLAIMS) == 28
 
 
 @pytest.mark.slow
@@ -84,16 +73,6 @@ def test_published_scale_is_not_tested_by_the_quick_run(quick):
     assert len(published) == 3 * len(PUBLISHED) == 9 and all(c["published"] for c in published)
     assert all(c["holds"] is None and c["measured"] is None and c["sd"] is None and c["seeds"] == []
                for c in published)
-
-
-@pytest.mark.slow
-def test_claims_measured_again_from_the_folder_are_the_same(quick):
-    for stored, claim in zip(quick.claims, CLAIMS):
-        again = claim.record("backdoor", {0: claim.measure(quick)})
-        if claim.name == "quick_time":
-            assert again.pop("measured") == pytest.approx(stored["measured"], abs=1)
-            assert again.pop("holds") in (True, False)
-        assert again == {k: stored[k] for k in again}
 
 
 @pytest.mark.slow
@@ -208,79 +187,38 @@ def test_a_dry_run_of_the_other_published_networks(tmp_path, name, arch):
 
 
 RESUME = '''
-import os, signal, sys
+from endtoend import Die, kill_and_resume
 from visionbench.systems.backdoor import fit as room
-from visionbench.systems.backdoor.config import TARGETS, BackdoorConfig
-from visionbench.core.tensors import DictData, batches
-from visionbench.train.learner import Learner
-import torch
+from visionbench.systems.backdoor.config import BackdoorConfig
 
-config = BackdoorConfig.start("quick", dataset="digits", depth=8, width=4, pretrain_epochs=2,
-                              attacker_epochs=3, inject_epochs=3, victim_epochs=3,
-                              limit_batches=6, device="cpu")
-usual, deadly = room.stage_callbacks, {}
+usual = room.stage_callbacks
 
-class Die:
-    def after_step(self, learner):
-        if learner.iteration == deadly["step"]: os.kill(os.getpid(), signal.SIGKILL)
+def doom(name, step):
+    def stage_callbacks(run, config, stage, *rest, **more):
+        return usual(run, config, stage, *rest, **more) + [Die(step)] * (stage == name)
+    room.stage_callbacks = stage_callbacks
 
-def stage_callbacks(run, config, stage, *rest, **more):
-    return usual(run, config, stage, *rest, **more) + [Die()] * (stage == deadly.get("stage"))
-room.stage_callbacks = stage_callbacks
-
-def killed(out, stage, step):
-    "`fit` in a process of its own, which is to die; the signal that ended it."
-    pid = os.fork()
-    if pid: return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    deadly.update(stage=stage, step=int(step))
-    try: room.fit(config.replace(out=out))
-    except BaseException as e: print(repr(e), file=sys.stderr, flush=True)
-    os._exit(1)
-
-root, kills = sys.argv[1], [k.split(",") for k in sys.argv[2:]]
-once = torch.nn.Linear(1, 1)  # what is imported on first use shall be there before the forks
-Learner(once, lambda out, b: dict(out=out.sum()), batches(DictData(image=torch.ones(1, 1)), 1),
-        torch.optim.Adam(once.parameters(), .1), device="cpu").fit(1)
-print(*[killed(f"{root}/{stage}", stage, step) for stage, step in kills])
-for name in ("whole", *[stage for stage, _ in kills]):
-    print(room.fit(config.replace(out=f"{root}/{name}")).path)
+kill_and_resume(room.fit, BackdoorConfig.start(
+    "quick", dataset="digits", depth=8, width=4, pretrain_epochs=2, attacker_epochs=3, inject_epochs=3,
+    victim_epochs=3, limit_batches=6, device="cpu"), doom)
 '''
 KILLS = {"inject": 8, "attacker-exits": 1, "victim-0-simulated": 14}
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory):
+def runs(tmp_path_factory):
     """A short run left alone, and three that were killed inside a stage and started again."""
-    folder = tmp_path_factory.mktemp("resume")
-    (folder / "resume.py").write_text(RESUME)
-    command = [sys.executable, folder / "resume.py", folder,
-               *[f"{stage},{step}" for stage, step in KILLS.items()]]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    process = subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               start_new_session=True)
-    try:
-        out, err = process.communicate(timeout=300)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
-    assert process.returncode == 0, out + err
-    signals, *paths = out.splitlines()
-    assert list(map(int, signals.split())) == [-signal.SIGKILL] * len(KILLS), err
-    return {name: Run.open(path) for name, path in zip(("whole", *KILLS), paths)}
+    return resumed(RESUME, tmp_path_factory.mktemp("resume"), [*KILLS.items()])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", KILLS)
-def test_a_killed_run_ends_with_the_same_rows_to_the_last_bit(resumed, stage):
-    whole, again = resumed["whole"], resumed[stage]
-    assert whole.path.name == again.path.name and again.state == "done" and again.status["history"] == []
+def test_a_killed_run_ends_with_the_same_rows_to_the_last_bit(runs, stage):
+    whole, again = runs["whole"], runs[stage]
+    assert again.state == "done" and again.status["history"] == []
     assert {*whole.metrics.stage} == {*STAGES} and (whole.metrics.stage == "inject").sum() == 6
     pd.testing.assert_frame_equal(again.metrics, whole.metrics, check_exact=True)
-    for name in ("logits-clean-0", "logits-simulated-0"):
-        one, two = (digest(load_file(run.path / f"{name}.safetensors")) for run in (whole, again))
-        assert one == two, name
-    files = {p.relative_to(whole.path) for p in (whole.path / "checkpoints").rglob("*.safetensors")}
-    assert files == {p.relative_to(again.path) for p in (again.path / "checkpoints").rglob("*.safetensors")}
-    assert len(files) == 10
-    for p in files: assert digest(load_file(whole.path / p)) == digest(load_file(again.path / p)), p
-    assert all(re.search(r"\d{8}$", p.stem) for p in files)
+    files = same_tensors(whole, again)
+    logits = {Path(f"logits-{net}-0.safetensors") for net in ("clean", "simulated")}
+    assert logits < files and len(files - logits) == 10
+    assert all(re.search(r"^checkpoints/.*\d{8}$", p.with_suffix("").as_posix()) for p in files - logits)

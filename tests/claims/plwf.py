@@ -4,28 +4,19 @@ The quick run's claims, positive and negative, dry runs of the paper preset on r
 that goes on."""
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from safetensors.torch import load_file
+from endtoend import check_records, resumed, same_tensors
 
 from visionbench.data.fixtures import write_cifar100_fixture, write_tiny_imagenet_fixture
-from visionbench.runs.record import Run
 from visionbench.systems.plwf.claims import CLAIMS
 from visionbench.systems.plwf.config import PlwfConfig
 from visionbench.systems.plwf.fit import fit
 from visionbench.systems.plwf.nets import member_snapshots, networks, run_images, run_members
 from visionbench.systems.plwf.stream import all_logits
-from visionbench.train.checkpoint import digest
 
-ROOT = Path(__file__).resolve().parents[2]
-FIELDS = ["system", "name", "source", "statement", "published", "measured", "sd", "seeds", "holds"]
 # the quick run cannot tell
 ELSEWHERE = [c.name for c in CLAIMS if c.name.startswith("long_stream")] + ["cifar100_lwf"]
 NEGATIVE = ["local_tie", "not_above_ewc", "class_incremental_fails", "class_incremental_tie"]
@@ -66,14 +57,9 @@ def test_claim_holds(quick, name):
 
 @pytest.mark.slow
 def test_records(quick):
-    assert ([c["name"] for c in quick.claims] == [c.name for c in CLAIMS]
-            and len({c.name for c in CLAIMS}) == len(CLAIMS))
-    for record, claim in zip(quick.claims, CLAIMS):
-        assert (list(record) == FIELDS and record["system"] == "plwf"
-                and record["statement"] == claim.statement and record["source"])
-        assert record["seeds"] == ([] if record["holds"] is None else [0])
-    assert ([c["name"] for c in quick.claims if c["holds"] is None] == ELSEWHERE
-            and set(NEGATIVE) <= {c.name for c in CLAIMS})
+    check_records(quick, CLAIMS)
+    assert [c["name"] for c in quick.claims if c["holds"] is None] == ELSEWHERE
+    assert set(NEGATIVE) <= {c.name for c in CLAIMS}
 
 
 @pytest.mark.slow
@@ -172,36 +158,35 @@ def test_the_paper_preset_runs_on_files_in_their_real_layout(which, tmp_path):
 
 
 RESUME = '''
-import os, signal, sys
+from pathlib import Path
+from endtoend import die, kill_and_resume
 from visionbench.systems.plwf import fit as room
 from visionbench.systems.plwf.config import PlwfConfig
 from visionbench.train.learner import Learner
 
-config = PlwfConfig.start("quick", streams=("digits",), networks=("mlp",), hidden=8, epochs=(2,), replicas=2,
-                          lams=(1.,), limit_batches=4, methods=("lwf", "plwf+credit", "ewc"),
-                          local_methods=("lwf",), device="cpu")
-usual, steps = Learner.one_batch, [0]
+usual, last, steps = Learner.one_batch, None, 0
 
 def one_batch(self):
-    steps[0] += 1
-    if steps[0] == deadly: os.kill(os.getpid(), signal.SIGKILL)
+    global steps
+    steps += 1
+    if steps == last: die()
     usual(self)
 Learner.one_batch = one_batch
 
-def killed(out, step):
-    "`fit` in a process of its own, which is to die; the signal that ended it."
-    global deadly
-    pid = os.fork()
-    if pid: return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    deadly = step
-    room.fit(config.replace(out=out))
-    os._exit(0)
+def doom(name, step):
+    global last
+    last = step
 
-root, deadly = sys.argv[1], -1
-print(killed(f"{root}/killed", 130), killed(f"{root}/killed", 60))
-for name in ("whole", "killed"):
-    steps[0] = 0
-    print(room.fit(config.replace(out=f"{root}/{name}")).path, steps[0])
+def fit(config):
+    global steps
+    steps = 0
+    run = room.fit(config)
+    Path(config.out, "steps").write_text(str(steps))
+    return run
+
+kill_and_resume(fit, PlwfConfig.start(
+    "quick", streams=("digits",), networks=("mlp",), hidden=8, epochs=(2,), replicas=2, lams=(1.,),
+    limit_batches=4, methods=("lwf", "plwf+credit", "ewc"), local_methods=("lwf",), device="cpu"), doom)
 '''
 
 
@@ -210,24 +195,10 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_rows(tmp_path):
     """Killed in the fourth member and again in the second it tried.
 
     What was finished is not trained again."""
-    (tmp_path / "resume.py").write_text(RESUME)
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    process = subprocess.Popen([sys.executable, tmp_path / "resume.py", tmp_path], env=env, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-    try:
-        out, err = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
-    assert process.returncode == 0, out + err
-    signals, *lines = out.splitlines()
-    assert signals.split() == [str(-signal.SIGKILL)] * 2, out + err
-    (whole, all_steps), (again, last_steps) = ((Run.open(path), int(n))
-                                               for path, n in (line.rsplit(" ", 1) for line in lines))
+    whole, again = resumed(RESUME, tmp_path, [("killed", 130), ("killed", 60)]).values()
+    all_steps, last_steps = (int((tmp_path / name / "steps").read_text()) for name in ("whole", "killed"))
     # 40 steps a member: three done before the first end, one before the second
     assert all_steps == 8 * 5 * 8 and last_steps == (8 - 3 - 1) * 5 * 8
     tables = [r.metrics[r.metrics["stage"] != "cost"].reset_index(drop=True) for r in (whole, again)]
     pd.testing.assert_frame_equal(*tables, check_exact=True)
-    files = [sorted((p.relative_to(r.path), digest(load_file(p))) for p in r.path.rglob("*.safetensors"))
-             for r in (whole, again)]
-    assert files[0] == files[1] and len(files[0]) == 20 and again.state == "done"
+    assert len(same_tensors(whole, again)) == 20 and again.state == "done"
