@@ -4,17 +4,14 @@ import errno
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from toy import Toy, status
+from typer.testing import CliRunner
 
 from visionbench import cli
 from visionbench.runs.execute import ExecuteError
