@@ -75,6 +75,10 @@ def test_a_cross_entropy_that_does_not_exist(kind):
         kind(ce="lokal") if kind not in (EWC, SI, MAS) else kind(1., ce="lokal")
 
 
+def test_elastic_weights_need_a_softmax():
+    with says("unknown cross-entropy 'bce'"): EWC(ce="bce")
+
+
 @pytest.mark.parametrize("teachers,text", [
     ([5], "names task 5"), ([2], "names task 2"), ([-1], "names task -1"), ([0, 0], "twice")])
 def test_teachers_that_never_come(teachers, text):

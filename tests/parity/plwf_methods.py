@@ -68,7 +68,7 @@ def stage_of(net, x, y, t=0, bounds=(2, 4), **more):
     return Stage(t, bounds, net, DictData(image=x, label=y), Snapshots(lambda c: copy.deepcopy(net)), **more)
 
 
-# ---- the two cross-entropies
+# ---- the cross-entropies
 
 @pytest.mark.parametrize("first", [0, 2, 5])
 def test_new_loss_is_the_closed_form(first):
@@ -77,6 +77,10 @@ def test_new_loss_is_the_closed_form(first):
     def nll(lo): return np.mean(np.log(np.exp(a[:, lo:]).sum(1)) - a[np.arange(9), y])
     assert new_loss(z, y, first, "seen").item() == pytest.approx(nll(0), rel=1e-12)
     assert new_loss(z, y, first, "local").item() == pytest.approx(nll(first), rel=1e-12)
+    sign = np.where(np.arange(first, 8) == y.numpy()[:, None], -1, 1)  # a yes to y, a no to all others
+    by_class = np.log1p(np.exp(sign * a[:, first:])).sum(1).mean()
+    assert new_loss(z, y, first, "bce").item() == pytest.approx(by_class, rel=1e-12)
+    assert mixed_loss(z, y, (first or 4, 8), "bce").isclose(new_loss(z, y, 0, "bce"))
 
 
 @pytest.mark.parametrize("bounds", [(2, 4, 8), (1, 5, 8), (8,)])

@@ -103,6 +103,7 @@ def fisher_diagonal(
 class EWC(Anchored):
     "Elastic weight consolidation: (λ/2) Σ_k Σ_j F_kj (θ_j − θ*_j)², anchored at the last weights."
     term, scale, search_from = "ewc", .5, 1e4
+    losses = ("seen", "local")  # p(c|x) is a soft-max
 
     def __init__(self,
         lam: float = 300.,  # λ ≥ 0; in units of the Fisher information, hence so large

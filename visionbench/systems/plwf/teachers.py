@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from .collapse import FORMS, Collapse, SoftTargets, soften
+from .collapse import HEADS, Collapse, SoftTargets, soften
 from .roster import (TeacherCost, stack_teachers, teacher_set, teacher_weights,
                                              use_cache)
 from .snapshots import Snapshots
@@ -35,7 +35,7 @@ class KnowledgeSpace:
         bounds: Sequence[int] | None = None,  # cumulative class counts c_1, c_2, …; None: the snapshots'
         temperature: float = 2.,  # τ
         weights: str | Sequence[float] = "mean",  # see `teacher_weights`
-        kd: str = "joint",  # joint | per_task | own, see `softmax_spans`
+        kd: str = "joint",  # joint | per_task | own | sigmoid, see `softmax_spans`
         teachers: str | int | Sequence[int] = "all",  # see `teacher_set`; own sets kd='own'
         teacher_forward: str = "auto",  # loop | vmap; auto: vmap for small nets on a GPU
         batch_size: int = 256,  # images at once in `prepare`
@@ -43,7 +43,7 @@ class KnowledgeSpace:
     ):
         if not (isfinite(temperature) and temperature > 0):
             raise ValueError(f"temperature={temperature} given, expected τ > 0")
-        if kd not in FORMS: raise ValueError(f"kd={kd!r} given, expected one of {', '.join(FORMS)}")
+        if kd not in HEADS: raise ValueError(f"kd={kd!r} given, expected one of {', '.join(HEADS)}")
         if teacher_forward not in ("auto", "loop", "vmap"):
             raise ValueError(f"teacher_forward={teacher_forward!r} given, expected auto, loop or vmap")
         self.bounds = tuple(snapshots.bounds if bounds is None else bounds)
@@ -72,7 +72,7 @@ class KnowledgeSpace:
         if logits.ndim != 2 or logits.shape[1] < c:
             raise ValueError(f"teacher {i} gave logits {tuple(logits.shape)}, expected (B,≥{c})")
         return soften(logits.to(torch.promote_types(logits.dtype, torch.float32)),
-                      self.collapse.spans[k], self.temperature, self.weights[k])
+                      self.collapse.spans[k], self.temperature, self.weights[k], self.collapse.alone)
 
     def gather(self, shares: Iterable[SoftTargets], separate: bool) -> SoftTargets:
         "Pad the shares to c classes and add them up, or keep them apart."
