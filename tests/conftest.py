@@ -65,6 +65,18 @@ def run(*command, cwd, timeout=300, check=True, stderr=subprocess.STDOUT, **env)
     return done
 
 
+def launch(*module, cwd, processes=2, **more):
+    """A module of the tree in `cwd` or of the checkout, in several processes that talk to each other; the test
+    is skipped where torch has no gloo. `more` as for `run`."""
+    import torch
+
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("this build of torch has no gloo, so two CPU processes cannot talk")
+    many = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes)
+    return run(sys.executable, *(many if processes > 1 else ()), "-m", *module, cwd=cwd, OMP_NUM_THREADS="1",
+               PYTHONPATH=os.pathsep.join([str(cwd), str(ROOT)]), **more)
+
+
 @pytest.fixture(scope="session")
 def root():
     return ROOT

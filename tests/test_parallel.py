@@ -1,9 +1,7 @@
 """Two processes train what one does with batches twice as large. Skipped where torch has no gloo."""
-import sys
-
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import launch
 from safetensors.torch import load_file
 
 from visionbench.runs.record import Run
@@ -21,12 +19,10 @@ SMALL = {
 
 def train(system, out, processes, *more):
     """A run made by some processes, as a user would start it."""
-    if processes > 1 and not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
-        pytest.skip("this build of torch has no gloo, so two CPU processes cannot talk")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     settings = [word for pair in (*SMALL[system], *more) for word in ("--set", pair)]
-    run(sys.executable, *(launch if processes > 1 else ()), "-m", "visionbench.cli", "train", system,
-        "--device", "cpu", "--out", out, *settings, cwd=ROOT, OMP_NUM_THREADS="1")
+    out.mkdir(exist_ok=True)
+    launch("visionbench.cli", "train", system, "--device", "cpu", "--out", out, *settings, cwd=out,
+           processes=processes)
     folder, = out.glob(f"{system}/*")
     return Run.open(folder)
 

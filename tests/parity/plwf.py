@@ -4,17 +4,13 @@ Term-by-term KL in torch, hand-made projections, torchjd and Avalanche's LwF for
 """
 import copy
 import gc
-import os
-import signal
-import subprocess
-import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import launch
 from torch import nn
 from torch.distributions import Bernoulli, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -662,20 +658,8 @@ if __name__ == "__main__": torch.save(run(int(sys.argv[1])), f"rank-{os.environ[
 @pytest.mark.slow
 def test_two_processes_project_the_gradient_of_the_whole_batch(tmp_path):
     """Two processes with batches of four make the steps of one with batches of eight."""
-    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
-        pytest.skip("this build of torch has no gloo, so two CPU processes cannot talk")
     (tmp_path / "party.py").write_text(PARTY)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "--module", "party", "4"]
-    env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]), OMP_NUM_THREADS="1",
-                            ACCELERATE_USE_CPU="true")
-    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    try: said = process.communicate(timeout=200)[0]
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        said = process.communicate()[0]
-    assert process.returncode == 0, said
+    launch("party", 4, cwd=tmp_path)
     exec(PARTY, here := dict(__name__="party"))
     one, (a, b) = here["run"](8), (torch.load(tmp_path / f"rank-{k}.pt") for k in (0, 1))
     assert (one["processes"], a["processes"]) == (1, 2)

@@ -2,15 +2,13 @@
 processes against one."""
 import hashlib
 import math
-import os
 import signal
 import subprocess
-import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from conftest import launch
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, OneCycleLR
@@ -21,7 +19,6 @@ from visionbench.train.checkpoint import digest, load_checkpoint
 from visionbench.train.learner import Learner
 from visionbench.train.schedule import ScheduleCB, cosine, milestones, one_cycle
 
-ROOT = Path(__file__).resolve().parents[2]
 N, SIZE, EPOCHS, SEED = 50, 16, 3, 5
 STEPS = EPOCHS * math.ceil(N / SIZE)
 OPTIMIZERS = dict(sgd=lambda p: torch.optim.SGD(p, .1, momentum=.9, weight_decay=1e-3),
@@ -173,21 +170,6 @@ def test_bf16_equals_a_plain_autocast_loop():
     assert a.totals != c.totals and a.totals == pytest.approx(c.totals, abs=.05)
 
 
-def finish(command, folder, timeout=200):
-    """Run a command in `folder` to its end, or end it and all its children; its output."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "OMP_NUM_THREADS": "1",
-           "ACCELERATE_USE_CPU": "true"}
-    process = subprocess.Popen(list(map(str, command)), cwd=folder, env=env, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
-    assert process.returncode == 0, out + err
-    return out
-
-
 RESUME = '''
 import os, signal, sys
 from dataclasses import dataclass
@@ -258,9 +240,9 @@ def resumed(tmp_path_factory):
     """Fits of three kinds, left alone, and killed in a process of their own and resumed."""
     folder = tmp_path_factory.mktemp("resume")
     (folder / "resume.py").write_text(RESUME)
-    said = finish([sys.executable, folder / "resume.py", folder,
-                   *[",".join(map(str, k)) for k in KILLS]], folder)
-    assert list(map(int, said.split())) == [-signal.SIGKILL] * len(KILLS)
+    done = launch("resume", folder, *[",".join(map(str, k)) for k in KILLS], cwd=folder, processes=1,
+                  stderr=subprocess.PIPE)
+    assert list(map(int, done.stdout.split())) == [-signal.SIGKILL] * len(KILLS)
     return folder
 
 
@@ -328,16 +310,11 @@ torch.save(train(out / "b")[1].state_dict(), out / f"resumed-{rank}.pt")
 @pytest.fixture(scope="module")
 def parallel(tmp_path_factory):
     """The same fit by two processes with batches of four, and by one with batches of eight."""
-    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
-        pytest.skip("this build of torch has no gloo, so two CPU processes cannot talk")
     folder = tmp_path_factory.mktemp("parallel")
     (folder / "party.py").write_text(PARALLEL)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-              "--module", "party"]
-    for name, command in (("two", [*launch, folder / "two", "4"]),
-                          ("one", [sys.executable, "-m", "party", folder / "one", "8"])):
+    for name, processes in (("two", 2), ("one", 1)):
         (folder / name).mkdir()
-        finish(command, folder)
+        launch("party", folder / name, 8 // processes, cwd=folder, processes=processes)
     return folder
 
 
