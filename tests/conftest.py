@@ -66,8 +66,8 @@ def run(*command, cwd, timeout=300, check=True, stderr=subprocess.STDOUT, **env)
 
 
 def launch(*module, cwd, processes=2, **more):
-    """A module of the tree in `cwd` or of the checkout, in several processes that talk to each other; the test
-    is skipped where torch has no gloo. `more` as for `run`."""
+    """A module of the tree in `cwd` or of the checkout, in several processes that talk to each other; the
+    test is skipped where torch has no gloo. `more` as for `run`."""
     import torch
 
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):

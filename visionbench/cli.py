@@ -69,7 +69,8 @@ class Commands(typer.core.TyperGroup):
         try: return super().invoke(ctx)
         except typer.Exit: raise
         except KeyboardInterrupt:
-            complain("interrupted; the same command resumes")
+            again = "; the same command resumes" if ctx.invoked_subcommand in ("run", "train") else ""
+            complain("interrupted" + again)
             raise typer.Exit(130) from None
         except Exception as error:
             if (status := exit_status(error)) is None: raise
@@ -195,6 +196,7 @@ def print_claims(
 def claims(as_json: AsJson = False, runs: Runs = "runs"):
     "Print the board: which published claims hold in your runs."
     from visionbench.runs.claims import board
+    if runs != "runs" and not Path(runs).is_dir(): raise ConfigError(f"--runs {runs}: no such folder.")
     records = board(runs, {s: chapter(s, "claims").CLAIMS for s in SYSTEMS})
     print(to_json(records)) if as_json else print_claims(records)
 

@@ -227,6 +227,7 @@ def test_mid_depth_exits_of_the_reference_networks():
 
 @pytest.mark.parametrize("library", ["torchvision", "timm"])
 def test_foreign_networks_go_through_without_special_code(library):
+    torch.manual_seed(1)  # weights that recognise a third of the images; some recognise two
     if library == "torchvision":
         from torchvision.models import mobilenet_v3_small
         net = mobilenet_v3_small(num_classes=3)

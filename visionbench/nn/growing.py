@@ -155,7 +155,9 @@ def growing_net(
     if isinstance(model, str) and model not in NETWORKS:
         raise ValueError(f"network {model!r} is unknown: there are {', '.join(NETWORKS)}, or give a function")
     make = NETWORKS[model] if isinstance(model, str) else model
-    net = make(shape=shape, capacity=capacity, generator=generator, **more)
+    with torch.random.fork_rng(devices=[]): # layers of one's own draw from the global state
+        if generator is not None: torch.manual_seed(generator.initial_seed())
+        net = make(shape=shape, capacity=capacity, generator=generator, **more)
     if not callable(getattr(net, 'grow', None)):
         raise TypeError(f"the function gave a {type(net).__name__}, "
                         "expected one with grow(classes), e.g. GrowingNet(body, features, capacity)")

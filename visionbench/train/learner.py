@@ -69,6 +69,9 @@ class Learner:
         precision: str = "no",  # no | fp16 | bf16
         limit_batches: int = 0,  # dry run: at most so many batches an epoch; 0: all
     ):
+        if not hasattr(getattr(batches, "batch_sampler", None), "start"):
+            raise TypeError(f"a {type(batches).__name__} that cannot start at an epoch given: "
+                            "make batches with core.tensors.batches")
         self.loss, self.source, self.callbacks = loss, batches, list(callbacks)
         self.apply = forward or (lambda model, batch: model(batch["image"]))
         self.seed, self.limit, self.epoch, self.index, self.iteration = seed, limit_batches, 0, 0, 0
@@ -129,6 +132,8 @@ class Learner:
         self.call("before_batch")
         self.out = self.do("forward")
         self.terms: dict[str, Tensor] = self.do("losses")
+        if not isinstance(self.terms, dict):
+            raise TypeError(f"the loss gave a {type(self.terms).__name__}, expected a dict of named terms")
         self.total = reduce(torch.add, self.terms.values())
         if not isfinite(self.total.item()): self.stop_on_non_finite()
         self.call("after_loss")

@@ -85,6 +85,9 @@ def own_network(name: str, first: tuple, K: int, size: int, mean, std) -> nn.Mod
     "A network of this package, its sizes from the shape of the first convolution; None when `name` is none."
     width, chans, about = first[0], first[1], dict(mean=mean, std=std)
     if depth := re.fullmatch(r"(?:cifar_)?resnet(\d+)", name):
+        if int(depth[1]) % 6 != 2:
+            raise ValueError(f"{name} is not 6n+2 layers deep as ours are; torchvision:{name} perhaps, "
+                             f"or timm:{name}?")
         return cifar_resnet(int(depth[1]), K, chans, width, stem_stride=2 if size == 64 else 1, **about)
     if name in ("vgg16_bn", "vgg16_bn_cifar"): return vgg16_bn_cifar(K, chans, width / 64, size, **about)
     if name in ("mobilenet_v1", "mobilenet_v1_cifar"):
@@ -142,6 +145,8 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp")
 
 def read_class_folders(folder: Path, size: int) -> tuple[Tensor, Tensor]:
     "Pictures (N,3,size,size) uint8 and the place of their folder; raises `FileNotFoundError` on none."
+    parts = [folder / name for name in ("test", "val", "train") if (folder / name).is_dir()]
+    folder = parts[0] if parts else folder
     folders = [p for p in folder.iterdir() if p.is_dir() and p.name[0] != "."]
     numbers = all(p.name.isdigit() for p in folders)
     folders = sorted(folders, key=lambda p: int(p.name) if numbers else p.name)
@@ -154,7 +159,7 @@ def read_class_folders(folder: Path, size: int) -> tuple[Tensor, Tensor]:
 
 
 def read_data(
-    data: str | Path,  # folder of class folders, .npz file, or folder of a set named by `dataset`
+    data: str | Path,  # folder of class folders, or of test/ with them; .npz file; folder of `dataset`
     dataset: str = "",  # a set that visionbench reads, e.g. cifar10; its test images are taken
     size: int = 32,  # side in pixels
     most: int = 1000,  # images, as many of each class as there are of the rarest or as fit
@@ -163,6 +168,7 @@ def read_data(
 ) -> tuple[Tensor, Tensor]:  # images (N,chans,size,size), labels (N,)
     "Clean images for a scan; raises `FileNotFoundError` or `ValueError` saying what is missing."
     path = Path(data)
+    if not dataset and not str(data): raise ValueError("no images given: a scan needs data, or a dataset")
     if dataset:
         images = load_images(dataset, "test", data, size)
         x, y = images.image, images.label
@@ -203,6 +209,9 @@ def audit_checkpoint(
                     for w in (weights, *(read_weights(p)[0] for p in null))]
     chans = next(m.in_channels for m in net.modules() if isinstance(m, nn.Conv2d))
     x, y = read_data(data, dataset, size, images, chans, scan.get("seed", 0))
+    with torch.no_grad(): K = net(x[:1].float() / 255 if x.dtype == torch.uint8 else x[:1]).shape[1]
+    if (there := len(y.unique())) != K:
+        raise ValueError(f"the network has {K} classes, the images have {there}: a scan needs images of each")
     report = ExitScan(null=others, **scan).run(net, x, y)
     subject = f"{line}; architecture {arch}; images from {dataset or Path(data).name}"
     return write_report(report, out, subject, x[0])

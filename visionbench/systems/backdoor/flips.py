@@ -7,12 +7,14 @@ __all__ = ['Patches', 'join', 'RecoveredPatch', 'exit_flip_rates', 'flip_rates',
            'Flips', 'flips']
 
 # %% ../../../nbs/systems/backdoor/flips.ipynb #43c0ffa3
+import sys
 from dataclasses import dataclass
 from typing import NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from ...core.tensors import DictData, generator
 from ...nn.exits import MultiExitNet
@@ -149,7 +151,8 @@ def flips(
 ) -> Flips:  # on the CPU
     "Step 2: flip rates of all patches, exits and classes."
     P, B, said, final, near = len(patches.side), len(x), [], [], 0
-    for pair in torch.arange(P * B).split(chunk_of(x)):
+    parts = torch.arange(P * B).split(chunk_of(x))
+    for pair in tqdm(parts, "patches tried", leave=False, delay=3, mininterval=1, file=sys.stderr):
         p, b = pair // B, (pair % B).to(x.device)
         exits, vanilla = net(stamp(x[b], patches.pattern[p].to(x), patches.mask[p].to(x)))
         classes = torch.arange(vanilla.shape[1], device=x.device)

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ...core.config import closest
 from ...core.tensors import seed_of
 from ...data.partition import TaskStream
 from ...metrics.continual import (average_accuracy, average_incremental_accuracy, backward_transfer,
@@ -45,6 +46,7 @@ class StreamResult:
         kind: str = "task",  # task | class
     ) -> Tensor:  # (S,); NaN where it does not exist, e.g. the forgetting of joint training
         "One number for each replica."
+        if name not in METRICS: raise ValueError(closest(name, METRICS, "metric"))
         A = self.accuracy(kind)
         if name == "ACC": return A[:, -1].mean(-1)  # all that joint training has
         stages = not A.isnan().any(0).tril().any() and (A.shape[-1] > 1 or name not in ("BWT", "forgetting"))
@@ -88,7 +90,7 @@ def run_stream(
     device: str = "cpu",  # auto | cpu | cuda | …
     reorder: bool = True,  # a new order of the classes for each seed; False: the stream's own
     choose: Callable | None = None,  # sets λ before each task, e.g. a `LambdaSearch`
-    **training,  # more of `Training`
+    **training,  # more of `Training`; `model_options=dict(mean=stream.mean, std=stream.std)` normalises
 ) -> StreamResult:
     "Train a method on a stream, once for each seed. Raises `ValueError` without seeds or on a misfit."
     seeds = [int(s) for s in seeds]
@@ -131,6 +133,9 @@ class Comparison:
                              wins=f"{p['wins']}/{p['seeds']}", ce=r.settings["ce"],
                              raw_data=r.settings["raw_data"]))
         return pd.DataFrame(rows)
+
+    def __repr__(self): return self.table().to_string()
+    def _repr_html_(self): return self.table().to_html(index=False)
 
 
 def compare(
