@@ -156,7 +156,7 @@ def growing_net(
         raise ValueError(f"network {model!r} is unknown: there are {', '.join(NETWORKS)}, or give a function")
     make = NETWORKS[model] if isinstance(model, str) else model
     with torch.random.fork_rng(devices=[]): # layers of one's own draw from the global state
-        if generator is not None: torch.manual_seed(generator.initial_seed())
+        if generator is not None: torch.default_generator.manual_seed(generator.initial_seed())
         net = make(shape=shape, capacity=capacity, generator=generator, **more)
     if not callable(getattr(net, 'grow', None)):
         raise TypeError(f"the function gave a {type(net).__name__}, "

@@ -9,7 +9,7 @@ __all__ = ['EMBEDDED', 'CODE', 'OURS', 'CLAIMS', 'PUBLISHED', 'evaluated', 'outp
 # %% ../../../nbs/systems/backdoor/claims.ipynb #96180890
 import pandas as pd
 
-from ...runs.claims import Bound, Claim
+from ...runs.claims import Bound, Claim, quick_seconds
 from ...runs.record import Run
 from .config import aimed_outputs
 
@@ -104,9 +104,6 @@ def _repair_drop(run):
     return None if after is None else at_threshold(run, "accuracy") - after
 
 
-def _seconds(run): return getattr(run, "seconds", None) or run.status["seconds"]
-
-
 CODE, OURS = "authors' code and saved notebooks", "scale and bound ours"
 
 CLAIMS = [Claim(name, source, statement, published, small_scale(measure), bound)
@@ -159,7 +156,7 @@ CLAIMS = [Claim(name, source, statement, published, small_scale(measure), bound)
      "", lambda r: one(checked(r, "defence", defence="fine-tuning, lr 0.01", view="policy",
                                name="asr")), Bound("≥", .3)),
     ("quick_time", "ours", "the quick preset takes at most 90 s on two cores",
-     "", lambda r: _seconds(r) if r.settings["preset"] == "quick" else None, Bound("≤", 90.)),)]
+     "", quick_seconds, Bound("≤", 90.)),)]
 
 # %% ../../../nbs/systems/backdoor/claims.ipynb #e3cb5d9b
 PUBLISHED = dict(cifar10=(.859, .015, .03, .85), svhn=(.943, .01, .04, .90), gtsrb=(.956, .015, .03, .80))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURED_WITH', 'OURS', 'ABSTRACT', 'MNIST', 'GLYPHS', 'CLAIMS', 'accuracies', 'final', 'applies', 'mean_of',
-           'forgets', 'Between', 'above_newest', 'conflict_share', 'full_scale', 'quick_seconds']
+           'forgets', 'Between', 'above_newest', 'conflict_share', 'full_scale']
 
 # %% ../../../nbs/systems/plwf/claims.ipynb #44dc54be
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...metrics.continual import forgetting
-from ...runs.claims import Bound, Claim
+from ...runs.claims import Bound, Claim, quick_seconds
 from ...runs.record import Run
 
 # %% ../../../nbs/systems/plwf/claims.ipynb #43c2fd8a
@@ -191,12 +191,6 @@ def full_scale(run: Run) -> float | None:
     values = [] if not full else [v for ce in ("local", "seen")
                                   if (v := final(run, "folder", "lwf", ce, None, "class")) is not None]
     return float(max(v.mean() for v in values)) if values else None
-
-
-def quick_seconds(run: Run) -> float | None:
-    "Working time of the quick preset."
-    return (getattr(run, "seconds", None)
-            or run.status["seconds"]) if run.settings["preset"] == "quick" else None
 
 
 CLAIMS += [

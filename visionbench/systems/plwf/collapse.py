@@ -93,10 +93,10 @@ class _WithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, targets: SoftTargets, space: "Collapse") -> Tensor:
         z, (P, const), tau = space.scaled(logits, targets), targets, space.temperature
-        lse, (_, w, logs) = space.logsumexps(z), space.on(z)
+        lse, (_, w, logs, block) = space.logsumexps(z), space.on(z)
         share = logs - lse
         if space.prefix: share = share.flip(1).logcumsumexp(1).flip(1)
-        said = (z + share.index_select(1, space.block.to(z.device))).exp_()
+        said = (z + share.index_select(1, block)).exp_()
         surplus = F.pad(said.sub_(P).mul_(tau / len(z)), (0, logits.shape[1] - z.shape[1]))
         ctx.save_for_backward(surplus.to(logits.dtype))
         return tau**2 * (lse @ w - (P * z).sum(1) + const).mean()
@@ -129,12 +129,12 @@ class Collapse:
     @property
     def classes(self) -> int: return self.edges[-1]
 
-    def on(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        "The table, its column sums and their logarithms where `z` lies, copied there once."
+    def on(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        "The table, its column sums, their logarithms and the block of each class where `z` is, copied once."
         key = z.device, z.dtype
         if key not in self.tables:
             kept = self.table, self.table.sum(0), self.table.sum(0).log()
-            self.tables[key] = tuple(t.to(*key) for t in kept)
+            self.tables[key] = *(t.to(*key) for t in kept), self.block.to(z.device)
         return self.tables[key]
 
     def scaled(self, logits: Tensor, targets: SoftTargets) -> Tensor:
